@@ -1,0 +1,149 @@
+"The package as a package: metadata said once, a wheel that is complete, imports that are cheap, optional dependencies that are optional."
+import ast, configparser, os, re, shutil, subprocess, sys, time, tomllib, zipfile
+from importlib.util import find_spec
+import pytest
+import t2i_nb
+
+HEAVY = ('diffusers', 'transformers', 'deepspeed', 'sagemaker', 'mlflow', 'datasets', 'onnxruntime', 'torch')
+COMMANDS = ('demo', 'cache', 'vae', 'vae train', 'vae evaluate', 'train', 'sample', 'evaluate')
+needs_cli = pytest.mark.skipif(not find_spec('t2i_nb.cli'), reason='no t2i_nb.cli')
+
+def fresh(code, *args, cwd=None, **env):
+    "Runs `code` in a fresh process"
+    return subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, encoding='utf-8', cwd=cwd,
+        env={**os.environ, 'PYTHONUTF8': '1', **env})
+
+def settings(project):
+    cfg = configparser.ConfigParser(interpolation=None)
+    cfg.read(project/'settings.ini', encoding='utf-8')
+    return cfg
+
+def words(text): return [o for o in text.split('\n') if o]
+
+# Metadata ------------------------------------------------------------------------------------------------------------------
+
+def test_version_is_one(project):
+    assert settings(project)['metadata']['version'] == t2i_nb.__version__
+
+def test_setup_holds_no_list_of_its_own(project):
+    names = {re.match(r'[\w.-]+', o)[0] for section in ('dependencies', 'extras') for text in settings(project)[section].values() for o in words(text)}
+    constants = [n.value for n in ast.walk(ast.parse((project/'setup.py').read_text(encoding='utf-8'))) if isinstance(n, ast.Constant)]
+    assert not {o for o in constants if isinstance(o, str)} & names
+    static = tomllib.loads((project/'pyproject.toml').read_text(encoding='utf-8'))['project']
+    assert 'dependencies' not in static and 'dependencies' in static['dynamic']
+
+def test_every_requirement_is_bounded_and_pinned(project):
+    cfg = settings(project)
+    pins = {o.split('==')[0] for o in words((project/'constraints.txt').read_text(encoding='utf-8')) if '==' in o}
+    for section in ('dependencies', 'extras'):
+        for key, text in cfg[section].items():
+            for o in words(text):
+                assert '>=' in o and ',<' in o, f'{o} in settings.ini has no bounds'
+                if section == 'dependencies': assert re.match(r'[\w.-]+', o)[0] in pins, f'{o} is not pinned in constraints.txt'
+
+def test_readme_names_the_pinned_torch(project):
+    pin = next(o for o in words((project/'constraints.txt').read_text(encoding='utf-8')) if o.startswith('torch=='))
+    assert set(re.findall(r'torch==[\w.]+', (project/'README.md').read_text(encoding='utf-8'))) == {pin}
+
+def test_quarto_configuration_is_one_file(project):
+    link = project/'nbs'/'_quarto.yml'
+    if os.name == 'nt' and not link.is_symlink(): pytest.skip('git made no symbolic link on this Windows')
+    assert os.readlink(link).replace('\\', '/') == '../_quarto.yml'
+
+@pytest.fixture(scope='module')
+def wheel(project, tmp_path_factory):
+    "The names in a wheel built from a copy of the sources"
+    source, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
+    for o in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE', 'MANIFEST.in'): shutil.copy(project/o, source)
+    shutil.copytree(project/'t2i_nb', source/'t2i_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    done = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', out, source],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(out.glob('*.whl'))) as z: return {o: z.read(o) for o in z.namelist()}
+
+def test_wheel_is_complete(project, wheel):
+    "Everything under t2i_nb is in the wheel: modules, recipes, shipped weights"
+    ours = {o.relative_to(project).as_posix() for o in (project/'t2i_nb').rglob('*') if o.is_file() and '__pycache__' not in o.parts}
+    assert {o for o in ours if o.endswith('.yaml')} and ours <= set(wheel)
+    assert not {o for o in wheel if not o.startswith(('t2i_nb/', f't2i_nb-{t2i_nb.__version__}.dist-info/'))}
+
+def test_wheel_metadata_comes_from_settings(project, wheel):
+    info = next(v for k, v in wheel.items() if k.endswith('METADATA')).decode()
+    required = {re.match(r'[\w.-]+', o)[0] for o in words(settings(project)['dependencies']['requirements'])}
+    assert required == set(re.findall(r'Requires-Dist: ([\w.-]+)[^;\n]*\n', info))
+    assert {o for o in re.findall('Provides-Extra: (.*)', info)} == {*settings(project)['extras'], 'dev'}
+    entry = next(v for k, v in wheel.items() if k.endswith('entry_points.txt')).decode()
+    assert 't2i = t2i_nb.cli:main' in entry
+
+# Imports -------------------------------------------------------------------------------------------------------------------
+
+def modules(project): return sorted(o.stem for o in (project/'t2i_nb').glob('*.py') if not o.stem.startswith('__'))
+
+def heavy_after(code, *args):
+    "The heavy packages that `code` left in `sys.modules`, and the process"
+    tail = f"\nimport sys; print('HEAVY', *[o for o in {HEAVY} if o in sys.modules])"
+    done = fresh(code + tail, *args)
+    assert 'HEAVY' in done.stdout, done.stderr
+    return done.stdout.rsplit('HEAVY', 1)[1].split(), done
+
+def test_imports_are_cheap(project):
+    "Every module but `sampling`, which subclasses a diffusers class, imports without a heavy package"
+    names = [f't2i_nb.{o}' for o in modules(project) if o != 'sampling']
+    heavy, _ = heavy_after('\n'.join(f'import {o}' for o in names))
+    assert not heavy
+
+def test_core_alone_suffices(project):
+    "Known defect n, first half: with every optional dependency missing, each module imports"
+    code = 'import sys; sys.path.insert(0, sys.argv[1]); import core_only; core_only.block_all_but_core()\n' + '\n'.join(
+        f'import t2i_nb.{o}' for o in modules(project))
+    done = fresh(code, str(project/'tools'))
+    assert done.returncode == 0, done.stderr
+
+def test_missing_dependency_is_named(project, tmp_path):
+    "Known defect n, second half: a feature whose dependency is missing says what to install"
+    (tmp_path/'pictures.parquet').write_bytes(b'PAR1')
+    code = '''import sys; sys.path.insert(0, sys.argv[1]); import core_only; core_only.block_all_but_core()
+from t2i_nb.core import InputError
+from t2i_nb.data import DataConfig, load_dataset
+try: load_dataset(DataConfig(source=sys.argv[2]))
+except InputError as e: print(e)'''
+    done = fresh(code, str(project/'tools'), str(tmp_path/'pictures.parquet'))
+    assert 'pip install' in done.stdout and '[data]' in done.stdout, done.stdout + done.stderr
+
+# The command ---------------------------------------------------------------------------------------------------------------
+
+RUN = '''import sys
+from t2i_nb.cli import main
+sys.argv[0] = 't2i'
+code = None
+try: code = main()
+except SystemExit as e: code = e.code
+print('EXIT', code or 0)'''
+
+WRONG = {'unknown recipe': ['train', 'dmeo', '--run-dir', 'runs/x'], 'unknown command': ['trian'],
+    'no such run': ['sample', 'runs/absent', 'a flower'], 'no such run to evaluate': ['evaluate', 'runs/absent'],
+    'unknown key': ['train', 'demo', '--run-dir', 'runs/x', '--set', 'train.learning_rat=1']}
+
+@needs_cli
+@pytest.mark.parametrize('command', ('', *COMMANDS))
+def test_help_is_cheap(command):
+    heavy, done = heavy_after(RUN, *command.split(), '--help')
+    assert 'EXIT 0' in done.stdout and 'usage' in done.stdout and not heavy
+
+@needs_cli
+@pytest.mark.parametrize('args', WRONG.values(), ids=WRONG)
+def test_wrong_input_is_cheap(args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    heavy, done = heavy_after(RUN, *args)
+    assert 'EXIT 2' in done.stdout and not heavy
+    assert 'Traceback' not in done.stderr and done.stderr.strip()
+
+@needs_cli
+@pytest.mark.parametrize('args', (['--help'], ['sample', '--help'], WRONG['unknown recipe'], WRONG['unknown key']), ids=' '.join)
+def test_answers_within_a_second(args, tmp_path):
+    "The best of three, so that a busy machine does not fail it"
+    def seconds():
+        start = time.perf_counter()
+        subprocess.run([sys.executable, '-m', 't2i_nb', *args], capture_output=True, cwd=tmp_path)
+        return time.perf_counter() - start
+    assert min(seconds() for _ in range(3)) < 1

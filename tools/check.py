@@ -1,0 +1,93 @@
+"What `make test` runs, in order; a later step runs even where an earlier one failed. `python tools/check.py [step …]` runs some of them."
+import os, subprocess, sys, time
+from pathlib import Path
+from fastcore.nbio import nb2str, read_nb
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+
+root = Path(__file__).resolve().parents[1]
+cfg = get_config(root)
+modules = lambda: sorted(o for o in (root/'t2i_nb').glob('*.py') if o.name != '__main__.py')
+pages = lambda: sorted((root/'nbs').glob('[!_.]*.ipynb'))
+code = lambda: [*modules(), *sorted((root/'tools').glob('*.py')), *sorted((root/'tests').glob('*.py')), root/'setup.py']
+text = lambda path: path.read_text(encoding='utf-8')
+
+def command(*args, **env):
+    "Runs a Python command of this environment; its output goes to the terminal"
+    return subprocess.run([sys.executable, *map(str, args)], cwd=root, env={**os.environ, **env}).returncode == 0
+
+def say(good, sentence):
+    if not good: print(sentence)
+    return good
+
+def library():
+    "The library is what the notebooks export"
+    before = {o: text(o) for o in modules()}
+    done = command('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()')
+    stale = [o.name for o in modules() if text(o) != before.get(o)]
+    return say(not stale, f'Not in step with the notebooks, exported anew: {", ".join(stale)}. Commit them.') and done
+
+def notebooks():
+    "The notebooks are clean and show no error"
+    untidy, broken = [], []
+    for o in pages():
+        nb = read_nb(o)
+        if any(out.output_type == 'error' for c in nb.cells for out in c.get('outputs', [])): broken.append(o.name)
+        clean_nb(nb)
+        if nb2str(nb) != text(o): untidy.append(o.name)
+    return (say(not untidy, f'Not clean: {", ".join(untidy)}. Give `nbdev-clean` and commit.')
+        & say(not broken, f'A stored output is an error: {", ".join(broken)}.'))
+
+def readme():
+    "README.md and CONTRIBUTING.md are what their notebooks say"
+    return command('tools/readme.py', '--check')
+
+def imports():
+    "Every module imports in a fresh process with the core requirements alone"
+    names = ['t2i_nb' if o.stem == '__init__' else f't2i_nb.{o.stem}' for o in modules()]
+    return all([command('tools/core_only.py', o) for o in names])
+
+def flakes():
+    "pyflakes finds nothing"
+    return command('-m', 'pyflakes', *code())
+
+def flagged():
+    "The cells that the default run of the pages leaves out, listed"
+    flags, n = set(cfg.tst_flags.split()), 0
+    for o in pages():
+        for c in read_nb(o).cells:
+            names = {d.split()[0].rstrip(':') for d in (l[2:].strip() for l in c.source.splitlines() if l.startswith('#|')) if d}
+            if not (found := (flags & names) | ({'eval: false'} if '#| eval: false' in c.source else set())): continue
+            if 'nbdev_export()' in c.source: continue
+            n += 1
+            print(f'{o.name} #{c.id}: {", ".join(sorted(found))}')
+    print(f'{n} cells flagged')
+    return True
+
+def nb_test():
+    "Every page runs"
+    cores = os.cpu_count() or 1
+    env = dict(OMP_NUM_THREADS=str(max(1, cores//2)), HF_HUB_OFFLINE='1', TRANSFORMERS_VERBOSITY='error', PYTHONWARNINGS='ignore')
+    return command('-c', 'from nbdev.test import nbdev_test; nbdev_test()', '--n-workers', min(2, cores), '--timing', **env)
+
+def docs():
+    "nbdev prepares every page for the site"
+    return command('tools/docs.py', '--pages')
+
+def pytest():
+    "pytest passes"
+    return command('-m', 'pytest', '-q', '-rs', 'tests')
+
+steps = dict(library=library, notebooks=notebooks, readme=readme, imports=imports, flakes=flakes, flagged=flagged, pages=nb_test,
+    docs=docs, pytest=pytest)
+
+def main():
+    results = {}
+    for name in sys.argv[1:] or steps:
+        print(f'\n== {name}: {steps[name].__doc__}', flush=True)
+        start = time.perf_counter()
+        results[name] = steps[name](), time.perf_counter() - start
+    print('\n' + '\n'.join(f'{name:10} {"passed" if ok else "FAILED"} {seconds:7.1f} s' for name, (ok, seconds) in results.items()))
+    sys.exit(not all(ok for ok, _ in results.values()))
+
+if __name__ == '__main__': main()
