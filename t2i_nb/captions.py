@@ -18,6 +18,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 import yaml
@@ -174,7 +175,7 @@ class ClipConfig:
     num_heads:int=4        # attention heads
     n_images:int=4096      # pictures drawn once and used again
     batch:int=128          # pairs told apart at a time
-    images_seen:int=51200  # length of the training
+    images_seen:int=49152  # length of the training
     lr:float=2e-3          # peak learning rate; it falls linearly to 0
     seed:int=0             # keys initial weights, order and wordings
 
@@ -210,15 +211,16 @@ def text_features(
 # %% ../nbs/01_captions.ipynb #86bd2cf7
 def clip_batches(
     codes:Tensor,     # (n, k) what each sample shows; equal rows mean the same flower
-    epoch:int,        # odd epochs group samples by `easy` columns
-    cfg:ClipConfig,   # batch and seed
-    easy=(0, 4, 5)    # columns that must not be enough to tell a batch apart
+    epoch:int,        # of three epochs, the first is random and the others are hard
+    cfg:ClipConfig    # batch and seed
 )->list[Tensor]:      # index tensors of `cfg.batch` samples
     "The order of one epoch, as full batches"
     n, generator = len(codes), keyed_generator(cfg.seed, 'clip order', epoch)
     order = torch.randperm(n, generator=generator)
-    if epoch % 2 and codes.shape[1] > max(easy):
-        _, group = codes[:, list(easy)].unique(dim=0, return_inverse=True)
+    alike = [(), ('colour', 'background', 'size'), ('shape', 'count', 'background', 'size')][epoch % 3]
+    if alike and codes.shape[1] == len(ATTRIBUTES):
+        columns = [list(ATTRIBUTES).index(k) for k in alike]
+        _, group = codes[:, columns].unique(dim=0, return_inverse=True)
         rank = torch.randperm(int(group.max()) + 1, generator=generator)[group]
         order = order[rank[order].argsort(stable=True)]
     return list(order.split(cfg.batch))[:n//cfg.batch]
@@ -341,7 +343,7 @@ def train_text_encoder(
     report=None                  # called with each `ClipState`
 )->dict:                         # what was done and how well it went, as in `recipe.yaml`
     "Train a tokenizer and a text encoder and save both, with their recipe"
-    folder = Path(folder)
+    folder, start = Path(folder), time.process_time()
     tokenizer = train_tokenizer(data.captions, folder/'tokenizer')
     for state in train_clip(data, tokenizer, cfg):
         if report: report(state)
@@ -350,6 +352,7 @@ def train_text_encoder(
     encoder.half().save_pretrained(folder/'text_encoder')
     recipe = dict(made_by='t2i_nb.captions.train_text_encoder', page='01_captions', data=dataclasses.asdict(data.cfg),
                   config=dataclasses.asdict(cfg), images_seen=state.images_seen, final_loss=round(state.loss, 3),
+                  cpu_seconds=round(time.process_time() - start),
                   probe={k: {w: round(x, 3) for w, x in v.items()} for k, v in scores.items()},
                   versions={k: importlib.metadata.version(k) for k in ('torch', 'transformers', 'tokenizers')})
     (folder/'text_encoder'/'recipe.yaml').write_text(yaml.safe_dump(recipe, sort_keys=False), encoding='utf-8')
@@ -487,7 +490,7 @@ def build_text_cache(
     parts = [encode_prompts(tokenizer, text_encoder, ['', *wanted][i:i + batch]).half().cpu()
              for i in range(0, len(wanted) + 1, batch)] # each (batch, tokens, dim)
     cache = TextCache(wanted, torch.cat(parts), encoder_fingerprint(tokenizer, text_encoder))
-    if not cache.states.isfinite().all(): raise InputError("this text encoder's states do not fit into fp16; use another")
+    if not cache.states.isfinite().all(): raise InputError("these token states do not fit into fp16; use another encoder")
     if folder: cache.save(folder)
     return cache
 

@@ -38,7 +38,7 @@ class lazy:
         name:str # dotted module name, e.g. 'torch.nn.functional'
     ): self.__dict__['_name'] = name
     def __getattr__(self, attr):
-        if attr.startswith('__'): raise AttributeError(attr)
+        if attr.startswith('__') and attr != '__version__': raise AttributeError(attr)
         value = getattr(importlib.import_module(self._name), attr)
         self.__dict__[attr] = value
         return value

