@@ -275,6 +275,7 @@ def cache(
     return {**sizes, 'latents': ' x '.join(map(str, parts[0].mean.shape[1:])), 'captions': len(parts[0].states) - 1,
             'megabytes': round(megabytes, 1), 'folder': run_dir/'cache'}
 
+# %% ../nbs/09_cli.ipynb #fac59985
 @command('train', 't2i train demo', 't2i train folder --run-dir runs/mine --set data.source=photos train.n_images=100000',
          't2i train my_recipe.yaml --run-dir runs/second --fresh', 't2i train demo   # again: goes on where it was stopped')
 def train(
@@ -318,7 +319,7 @@ def sample(
     (image_grid(images, min(8, len(images))) if len(images) > 1 else images[0]).save(out)
     return {'picture': out}
 
-# %% ../nbs/09_cli.ipynb #70e8619e
+# %% ../nbs/09_cli.ipynb #45980cc2
 def score_lines(
     evaluation:Evaluation # what was measured
 )->dict:                  # label to figure
@@ -332,6 +333,7 @@ def score_lines(
     if 'psnr' in evaluation.vae: lines['VAE round trip, dB'] = round(evaluation.vae['psnr'], 2)
     return lines | {'seconds a picture': round(evaluation.seconds_per_image, 3)}
 
+# %% ../nbs/09_cli.ipynb #b21b297f
 @command('evaluate', 't2i evaluate runs/demo', 't2i evaluate runs/mine --data photos/test.parquet --n-images 500',
          't2i evaluate runs/demo --guidance-scale 1 --sampler euler --num-inference-steps 32')
 def evaluate(
@@ -378,6 +380,7 @@ def draw_grid(
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
+# %% ../nbs/09_cli.ipynb #3a816eb8
 @command('demo', 't2i demo', 't2i demo --run-dir runs/longer --set train.n_images=200000')
 def demo(
     run_dir:Path=Path('runs/demo'), # where everything is left
@@ -426,6 +429,7 @@ def check_vae_folder(
             raise InputError(f"{folder} holds a VAE with {k} = {there.get(k)}, not {here[k]}; use that value, or another --out")
     return made['reached']['images_seen']
 
+# %% ../nbs/09_cli.ipynb #180b5b5d
 @command('vae train', 't2i vae train folder --out runs/vae --set data.source=photos', 't2i vae train demo --minutes 20')
 def vae_train(
     recipe:str,            # its data and vae sections say which pictures and which architecture
