@@ -463,7 +463,7 @@ def train(
     held = held or prepare_data(cfg, models, 'validation', run_dir/'cache', device)
     objective, shape = Objective(cfg.objective), data.mean.shape
     unet = build_unet(cfg.unet, shape[-1], shape[1], data.states.shape[-1], keyed_seed(t.seed, 'weights')).to(device).train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=t.lr, betas=t.betas, weight_decay=t.weight_decay)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=device != 'mps')
     state = TrainState(unet=unet, ema={k: p.detach().clone() for k, p in unet.named_parameters()})
     folder = newest_checkpoint(run_dir, log)
     if folder:

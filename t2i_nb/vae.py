@@ -54,7 +54,7 @@ def load_vae(
     try:
         config = diffusers.AutoencoderKL.load_config(str(path))
         cls = getattr(diffusers, config['_class_name'])
-        return cls.from_pretrained(str(path), torch_dtype=torch.float32, low_cpu_mem_usage=False).requires_grad_(False).eval()
+        return cls.from_pretrained(str(path), dtype=torch.float32, low_cpu_mem_usage=False).requires_grad_(False).eval()
     except (OSError, KeyError, AttributeError) as e:
         raise InputError(f"there is no VAE '{cfg.name}': give 'tiny', a diffusers folder, or a hub name that can be "
                          f"downloaded ({str(e).splitlines()[0]})") from None
