@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['np', 'torch', 'tqdm', 'safetensors_torch', 'LR_SCHEDULES', 'SAMPLERS', 'N_BINS', 'TrainConfig', 'SampleConfig',
            'RunConfig', 'check_sampler', 'recipe_factor', 'check_run', 'TrainingData', 'Components', 'load_components',
-           'prepare_data', 'picture_order', 'make_batch', 'learning_rate', 'update_ema', 'choose_precision',
-           'validation_loss', 'flush', 'checksum', 'write_folder', 'optimizer_tensors', 'save_checkpoint', 'is_valid',
-           'checkpoint_folders', 'newest_checkpoint', 'load_checkpoint', 'flat', 'open_run', 'read_metrics',
-           'rewind_metrics', 'TrainState', 'train_step', 'averaged', 'train', 'counters', 'train_loop', 'with_progress']
+           'prepare_data', 'picture_order', 'epoch_order', 'make_batch', 'learning_rate', 'update_ema',
+           'choose_precision', 'validation_loss', 'flush', 'checksum', 'write_folder', 'optimizer_tensors',
+           'save_checkpoint', 'is_valid', 'checkpoint_folders', 'newest_checkpoint', 'load_checkpoint', 'flat',
+           'open_run', 'read_metrics', 'rewind_metrics', 'TrainState', 'micro_loss', 'train_step', 'cpu_pool',
+           'averaged', 'train', 'counters', 'train_loop', 'with_progress']
 
 # %% ../nbs/04_train_deepspeed.ipynb #427f24ef
 import hashlib
@@ -17,7 +18,9 @@ import math
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from .captions import TextConfig, build_text_cache, load_text_encoder
 from .core import (InputError, Tensor, best_device, keyed_generator, keyed_seed, lazy, load_config, nearest, pretrained_dir,
@@ -34,7 +37,7 @@ np, torch, tqdm, safetensors_torch = lazy('numpy'), lazy('torch'), lazy('tqdm.au
 class TrainConfig:
     n_images:int=48_000      # pictures to train on in all; epochs and steps follow
     global_batch:int=16      # pictures per optimiser step
-    micro_batch:int=0        # pictures per forward pass; smaller ones are accumulated; 0 takes the global batch
+    micro_batch:int=0        # pictures per forward pass; several are accumulated, side by side on a CPU; 0 takes the global batch
     lr:float=1e-3            # peak learning rate of AdamW
     lr_schedule:str='cosine' # constant, cosine (to 0 at the end) or onecycle
     warmup_images:int=1600   # linear warm-up of constant and cosine, in pictures
@@ -155,13 +158,16 @@ def picture_order(
     k:int     # draw number, from 0
 )->int:       # index of the picture
     "The picture of draw `k`: every epoch is a shuffle of its own"
-    epoch, i = divmod(k, n)
-    if (n, seed, epoch) not in _orders:
-        _orders.clear()
-        _orders[n, seed, epoch] = torch.randperm(n, generator=keyed_generator(seed, 'order', epoch))
-    return int(_orders[n, seed, epoch][i])
+    return epoch_order(n, seed, k//n)[k % n]
 
-_orders = {}
+@lru_cache(maxsize=4)
+def epoch_order(
+    n:int,    # pictures in the data set
+    seed:int, # the run's seed
+    epoch:int # from 0
+)->list[int]: # a permutation of range(n)
+    "The shuffle of one epoch"
+    return torch.randperm(n, generator=keyed_generator(seed, 'order', epoch)).tolist()
 
 def make_batch(
     data:TrainingData,  # what to draw from
@@ -339,8 +345,9 @@ def load_checkpoint(
     with torch.no_grad():
         for k, p in model.named_parameters():
             p.copy_(weights[k]); ema[k].copy_(averages[k])
-            state = {s: moments[f'{k}/{s}'] for s in ('exp_avg', 'exp_avg_sq')}
-            optimizer.state[p] = dict(step=moments[f'{k}/step'].reshape(()).clone(), **{s: v.to(p.device) for s, v in state.items()})
+            if f'{k}/step' not in moments: continue # saved before the first step
+            state = {s: moments[f'{k}/{s}'].to(p.device) for s in ('exp_avg', 'exp_avg_sq')}
+            optimizer.state[p] = dict(step=moments[f'{k}/step'].reshape(()).to('cpu' if p.device.type == 'mps' else p.device), **state)
     return json.loads((folder/'state.json').read_text())
 
 # %% ../nbs/04_train_deepspeed.ipynb #304dd915
@@ -407,6 +414,20 @@ class TrainState:
     unet:object = None             # the module that is trained
     ema:dict = None                # averaged parameters by name
 
+def micro_loss(
+    unet,                # the denoiser
+    objective:Objective, # what it should say
+    batch:dict,          # from `make_batch`
+    dtype                # torch.dtype of the forward pass
+)->Tensor:               # sum of the weighted losses of the pictures
+    "Noise, predict, compare"
+    device = next(unet.parameters()).device
+    b = {key: v.to(device) for key, v in batch.items()}
+    t = objective.draw_t(b['u'])
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        pred = unet(objective.add_noise(b['x0'], b['eps'], t), objective.timestep(t), b['encoder_hidden_states']).sample
+    return objective.loss_per_image(pred, b['x0'], b['eps'], t).sum()
+
 def train_step(
     unet,                # the denoiser
     optimizer,           # its AdamW
@@ -414,22 +435,33 @@ def train_step(
     data:TrainingData,   # what to draw from
     cfg:TrainConfig,     # batch, seed, dropout, clipping
     images_seen:int,     # number of the first draw
-    dtype                # torch.dtype of the forward pass
+    dtype,               # torch.dtype of the forward pass
+    pool=None            # ThreadPoolExecutor that computes micro-batches side by side, or None
 )->tuple[float,float]:   # loss, gradient norm
     "One optimiser step over `global_batch` pictures, in micro-batches"
-    device, micro, total = next(unet.parameters()).device, cfg.micro_batch or cfg.global_batch, 0.
+    params, micro = list(unet.parameters()), cfg.micro_batch or cfg.global_batch
+    def part(k):
+        loss = micro_loss(unet, objective, make_batch(data, cfg, k, micro), dtype)/cfg.global_batch
+        return loss.item(), torch.autograd.grad(loss, params)
     optimizer.zero_grad(set_to_none=True)
-    for k in range(images_seen, images_seen + cfg.global_batch, micro):
-        b = {key: v.to(device) for key, v in make_batch(data, cfg, k, micro).items()}
-        t = objective.draw_t(b['u'])
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            pred = unet(objective.add_noise(b['x0'], b['eps'], t), objective.timestep(t), b['encoder_hidden_states']).sample
-        loss = objective.loss_per_image(pred, b['x0'], b['eps'], t).sum()/cfg.global_batch
-        loss.backward()
-        total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), cfg.max_grad_norm).item()
+    total = 0.
+    for loss, grads in (pool.map if pool else map)(part, range(images_seen, images_seen + cfg.global_batch, micro)):
+        total += loss
+        for p, g in zip(params, grads): p.grad = g if p.grad is None else p.grad.add_(g)
+    norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
     optimizer.step()
     return total, norm
+
+# %% ../nbs/04_train_deepspeed.ipynb #7ef591e4
+def cpu_pool(
+    cfg:TrainConfig, # batch and micro-batch
+    device:str       # where the UNet is
+):                   # ThreadPoolExecutor, or None where one micro-batch or one core is all there is
+    "Threads that compute micro-batches side by side, each with one core"
+    parts = cfg.global_batch//(cfg.micro_batch or cfg.global_batch)
+    workers = min(parts, torch.get_num_threads())
+    if device != 'cpu' or workers < 2: return None
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 # %% ../nbs/04_train_deepspeed.ipynb #a4cf4f16
 def averaged(
@@ -471,7 +503,10 @@ def train(
         log(f'goes on at {state.images_seen} pictures, from {folder.name}')
     else: save_checkpoint(run_dir, unet, state.ema, optimizer, counters(state)) # proves that a checkpoint can be written
     rewind_metrics(run_dir, state.images_seen)
-    yield from train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, grid)
+    pool = cpu_pool(t, device)
+    try: yield from train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, grid, pool)
+    finally:
+        if pool: pool.shutdown()
 
 # %% ../nbs/04_train_deepspeed.ipynb #1d9a4b3d
 def counters(
@@ -480,7 +515,7 @@ def counters(
     "The numbers of a state"
     return dict(images_seen=state.images_seen, step=state.step, seconds=state.seconds)
 
-def train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, grid):
+def train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, grid, pool):
     "Steps until `n_images`, with everything that happens between them"
     t, unet = cfg.train, state.unet
     due = lambda every: every and (state.images_seen//every > before//every or state.images_seen >= t.n_images)
@@ -491,7 +526,7 @@ def train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, gri
         while state.images_seen < t.n_images:
             state.lr, before = learning_rate(t, state.images_seen), state.images_seen
             for group in optimizer.param_groups: group['lr'] = state.lr
-            state.loss, state.grad_norm = train_step(unet, optimizer, objective, data, t, state.images_seen, dtype)
+            state.loss, state.grad_norm = train_step(unet, optimizer, objective, data, t, state.images_seen, dtype, pool)
             state.images_seen += t.global_batch; state.step += 1
             update_ema(state.ema, unet, t.ema_decay, state.step)
             state.seconds = time.perf_counter() - start

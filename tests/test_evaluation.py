@@ -6,7 +6,7 @@ from t2i_nb.core import InputError
 from t2i_nb.data import DataConfig, load_dataset
 from t2i_nb.evaluation import copy_report, kid, load_feature_network, picture_report
 
-N = 32 # of each side: about 10 s on one idle core
+N = 80 # of each side: with 32 the chance of the draw is as large as what is measured
 
 @pytest.fixture(scope='module')
 def network():
