@@ -175,7 +175,7 @@ class ClipConfig:
     num_heads:int=4        # attention heads
     n_images:int=4096      # pictures drawn once and used again
     batch:int=128          # pairs told apart at a time
-    images_seen:int=49152  # length of the training
+    images_seen:int=57344  # length of the training
     lr:float=2e-3          # peak learning rate; it falls linearly to 0
     seed:int=0             # keys initial weights, order and wordings
 
@@ -183,14 +183,13 @@ def build_clip(
     tokenizer,        # gives the vocabulary
     cfg:ClipConfig,   # sizes and seed
     size:int=64       # pixels along each side
-):                    # nn.ModuleDict of `text_encoder`, `projection`, `image_tower` and `tau`
+):                    # nn.ModuleDict of `text_encoder`, `image_tower` and `tau`
     "An untrained CLIP: the stock text model beside a small image tower"
     nn, dim = torch.nn, cfg.hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(cfg.seed, 'clip weights'))
         encoder = transformers.CLIPTextModel(clip_text_config(tokenizer, dim, cfg.num_layers, cfg.num_heads))
-        clip = nn.ModuleDict(dict(text_encoder=encoder, projection=nn.Linear(dim, dim, bias=False),
-                                  image_tower=image_tower(dim, size=size)))
+        clip = nn.ModuleDict(dict(text_encoder=encoder, image_tower=image_tower(dim, size=size)))
     clip['tau'] = nn.ParameterDict(dict(log=nn.Parameter(torch.tensor(math.log(14.)))))
     return clip
 
@@ -206,21 +205,20 @@ def text_features(
     ends = (ids == tokenizer.eos_token_id).int().argmax(1)
     if places is not None: ends = ends + (torch.tensor(places)*(ids.shape[1] - ends)).long()
     states = clip['text_encoder'](ids)[0] # (b, tokens, dim)
-    return clip['projection'](states[torch.arange(len(ids)), ends])
+    return states[torch.arange(len(ids)), ends]
 
 # %% ../nbs/01_captions.ipynb #86bd2cf7
 def clip_batches(
     codes:Tensor,     # (n, k) what each sample shows; equal rows mean the same flower
-    epoch:int,        # of three epochs, the first is random and the others are hard
+    epoch:int,        # of four epochs, the first is random and the others are hard
     cfg:ClipConfig    # batch and seed
 )->list[Tensor]:      # index tensors of `cfg.batch` samples
     "The order of one epoch, as full batches"
     n, generator = len(codes), keyed_generator(cfg.seed, 'clip order', epoch)
     order = torch.randperm(n, generator=generator)
-    alike = [(), ('colour', 'background', 'size'), ('shape', 'count', 'background', 'size')][epoch % 3]
-    if alike and codes.shape[1] == len(ATTRIBUTES):
-        columns = [list(ATTRIBUTES).index(k) for k in alike]
-        _, group = codes[:, columns].unique(dim=0, return_inverse=True)
+    if epoch % 4 and codes.shape[1] == len(ATTRIBUTES):
+        alike = torch.randperm(codes.shape[1], generator=generator)[:3]
+        _, group = codes[:, alike].unique(dim=0, return_inverse=True)
         rank = torch.randperm(int(group.max()) + 1, generator=generator)[group]
         order = order[rank[order].argsort(stable=True)]
     return list(order.split(cfg.batch))[:n//cfg.batch]

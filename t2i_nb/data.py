@@ -90,11 +90,11 @@ WORDS = dict(
 def caption_flower(
     attributes:dict,     # one value for each key of `ATTRIBUTES`
     rng:random.Random,   # source of words, order and omissions
-    leave_out:float=.3   # probability with which three captions in ten omit each attribute; 0 names all six always
+    leave_out:float=.3   # probability with which every second caption omits each attribute; 0 names all six always
 )->tuple[str,tuple]:     # caption, names of the attributes it mentions
     "Describe one flower in varied wording"
     word = {k: rng.choice(WORDS[k][v]) for k, v in attributes.items()}
-    p = leave_out if rng.random() < .3 else 0
+    p = leave_out if rng.random() < .5 else 0
     said = tuple(k for k in ATTRIBUTES if rng.random() >= p)
     head = ' '.join([w for k, w in word.items() if k in ('size', 'colour') and k in said][::rng.choice((1, -1))])
     petals = ' '.join(word[k] for k in ('count', 'shape') if k in said)

