@@ -116,7 +116,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              't2i_nb.data.petal_outline': ('data.html#petal_outline', 't2i_nb/data.py'),
                              't2i_nb.data.random_attributes': ('data.html#random_attributes', 't2i_nb/data.py'),
                              't2i_nb.data.read_table': ('data.html#read_table', 't2i_nb/data.py'),
-                             't2i_nb.data.tensor_to_images': ('data.html#tensor_to_images', 't2i_nb/data.py'),
                              't2i_nb.data.toy_flowers': ('data.html#toy_flowers', 't2i_nb/data.py')},
             't2i_nb.evaluation': { 't2i_nb.evaluation.Evaluation': ('evaluation.html#evaluation', 't2i_nb/evaluation.py'),
                                    't2i_nb.evaluation.FeatureNetwork': ('evaluation.html#featurenetwork', 't2i_nb/evaluation.py'),

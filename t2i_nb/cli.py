@@ -231,7 +231,7 @@ def grid_prompts(
     "Prompts for the grids: the recipe's, withheld flowers, or captions of validation pictures"
     if cfg.sample.prompts: return list(cfg.sample.prompts)
     if cfg.data.source == 'toy_flowers': return score_prompts(n, True, purpose='grid')[0]
-    held = load_dataset(cfg.data, 'validation' if cfg.data.validation_fraction else 'train')
+    held = load_dataset(cfg.data, 'validation')
     return list(dict.fromkeys(held.captions))[:n]
 
 def prepare(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['torch', 'parquet', 'COLOURS', 'CENTRES', 'BACKGROUNDS', 'RADII', 'ATTRIBUTES', 'WORDS', 'IMAGE_SUFFIXES',
            'petal_outline', 'draw_flower', 'caption_flower', 'held_out_triples', 'random_attributes', 'open_image',
-           'image_to_tensor', 'tensor_to_images', 'DataConfig', 'ImageCaptionDataset', 'toy_flowers', 'read_table',
-           'folder_source', 'parquet_source', 'load_dataset']
+           'image_to_tensor', 'DataConfig', 'ImageCaptionDataset', 'toy_flowers', 'read_table', 'folder_source',
+           'parquet_source', 'load_dataset']
 
 # %% ../nbs/00_data.ipynb #b0cd73bd
 import csv
@@ -153,13 +153,6 @@ def image_to_tensor(
     image = image.crop((x, y, x + size, y + size))
     if flip: image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()/127.5 - 1 # (3, size, size)
-
-def tensor_to_images(
-    x:Tensor # (b, 3, h, w) in [-1, 1]
-)->list[Image.Image]: # RGB
-    "The inverse of `image_to_tensor`; values outside [-1, 1] are clipped"
-    x = ((x.detach().float().cpu().clamp(-1, 1) + 1)*127.5).round().to(torch.uint8) # (b, 3, h, w)
-    return [Image.fromarray(o) for o in x.permute(0, 2, 3, 1).numpy()]
 
 # %% ../nbs/00_data.ipynb #e0325c08
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ __all__ = ['torch', 'diffusers', 'SCHEDULERS', 'FLOW_SCHEDULERS', 'TextToImagePi
 from pathlib import Path
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from .captions import encode_prompts
-from .core import InputError, Tensor, image_grid, lazy
-from .data import tensor_to_images
+from .core import InputError, Tensor, image_grid, lazy, to_pil
 from .train import Components, RunConfig, check_sampler
 from .unet import Objective
 from .vae import decode_latents
@@ -39,7 +38,7 @@ class TextToImagePipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         generators = generator if isinstance(generator, list) else [generator]*len(prompts)
         x = draw(self, prompts, generators, num_inference_steps, guidance_scale, negative_prompt)
-        return ImagePipelineOutput(tensor_to_images(x) if output_type == 'pil' else x)
+        return ImagePipelineOutput(to_pil(x) if output_type == 'pil' else x)
 
 # %% ../nbs/06_sampling.ipynb #d22b38dd
 def build_pipeline(
@@ -190,7 +189,7 @@ def sample(
     images = []
     for i in progress(range(0, len(prompts), batch_size)):
         part = slice(i, i + batch_size)
-        images += tensor_to_images(draw(pipeline, prompts[part], make_generators(seeds[part]), num_inference_steps,
+        images += to_pil(draw(pipeline, prompts[part], make_generators(seeds[part]), num_inference_steps,
                                         guidance_scale, negative_prompt, sampler, **kwargs))
     return images
 

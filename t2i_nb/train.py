@@ -12,6 +12,7 @@ __all__ = ['np', 'torch', 'tqdm', 'safetensors_torch', 'LR_SCHEDULES', 'SAMPLERS
            'averaged', 'train', 'counters', 'train_loop', 'with_progress']
 
 # %% ../nbs/04_train_deepspeed.ipynb #427f24ef
+import copy
 import hashlib
 import json
 import math
@@ -108,6 +109,8 @@ def check_run(
     if t.precision not in ('auto', 'float32', 'bfloat16'):
         raise InputError(f"train.precision is '{t.precision}'; use auto, float32 or bfloat16")
     if t.n_images < t.global_batch: raise InputError(f"train.n_images {t.n_images} is less than one batch of {t.global_batch}")
+    if not 0 < cfg.data.validation_fraction < 1:
+        raise InputError(f"data.validation_fraction is {cfg.data.validation_fraction}; use a share between 0 and 1, such as 0.05")
     check_objective(cfg.objective); check_sampler(cfg.sample.sampler)
     size, f = cfg.data.size, recipe_factor(cfg.vae)
     if f and size % f:
@@ -469,7 +472,6 @@ def averaged(
     ema:dict # averaged parameters by name
 ):           # a copy of `unet` with the averaged weights
     "The network to draw with"
-    import copy
     twin = copy.deepcopy(unet).eval()
     with torch.no_grad():
         for k, p in twin.named_parameters(): p.copy_(ema[k])

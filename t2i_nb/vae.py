@@ -196,9 +196,13 @@ def train_vae(
     cfg:VAETrainConfig, # the recipe
     folder=None,        # where to keep a resumable state; None keeps none
     device:str='cpu',   # where to train
-    every:int=100       # steps between two yields
+    every:int=100,      # steps between two yields
+    batch_loss=None     # function (picks, generator) -> loss, dict of its parts; the loss on pixels if None
 ):                      # yields dicts of images_seen, mse, kl, seconds and `ema`, the averaged weights
     "Train `vae` on `pixels`, yielding its state every few steps"
+    def pixel_loss(picks, generator):
+        x = (pixels[picks].to(device).float()/127.5 - 1).contiguous(memory_format=torch.channels_last)
+        return vae_loss(vae, x, cfg, generator)
     vae.to(device, memory_format=torch.channels_last).train()
     vae.requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.lr, betas=(.9, .99), weight_decay=1e-3)
@@ -212,9 +216,8 @@ def train_vae(
     while seen < cfg.n_images:
         generator = keyed_generator(cfg.seed, 'vae step', seen)
         picks = torch.randint(len(pixels), (cfg.batch,), generator=generator)
-        x = (pixels[picks].to(device).float()/127.5 - 1).contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups: group['lr'] = vae_lr(cfg, seen)
-        loss, part = vae_loss(vae, x, cfg, generator)
+        loss, part = (batch_loss or pixel_loss)(picks, generator)
         optimizer.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.)
         optimizer.step()
@@ -292,8 +295,10 @@ def train_inner(
     shallow,            # what it was grown from
     pixels:Tensor,      # training pictures, uint8 (n, 3, h, w)
     cfg:VAETrainConfig, # the recipe; `l1_weight` has no part in it
+    folder=None,        # where to keep a resumable state; None keeps none
+    device:str='cpu',   # where to train
     every:int=100       # steps between two yields
-):                      # yields dicts of images_seen, mse and kl; after the last, `vae` holds averaged weights
+):                      # yields what `train_vae` yields; after the last, `vae` holds the averaged weights
     "Teach the new inside of `vae` to stand in for that of `shallow`"
     level, into, out = len(shallow.config.block_out_channels) - 1, [], []
     with torch.no_grad():
@@ -302,28 +307,15 @@ def train_inner(
             into.append(h.half())
             out.append(inner_decode(shallow, inner_encode(shallow, h, level).mean, level).half())
     into, out = torch.cat(into), torch.cat(out) # (n, channels, h, w)
-    deviation = out[:1024].float().std((0, 2, 3), keepdim=True)
-    vae.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.lr, betas=(.9, .99), weight_decay=1e-3) # the outer have no gradient
-    ema, parts = {k: v.detach().clone() for k, v in vae.state_dict().items()}, []
-    for seen in range(0, cfg.n_images, cfg.batch):
-        generator = keyed_generator(cfg.seed, 'inner step', seen)
-        picks = torch.randint(len(pixels), (cfg.batch,), generator=generator)
-        dist = inner_encode(vae, into[picks].float(), level)
-        z = dist.mean + dist.std*torch.randn(dist.mean.shape, generator=generator)
-        mse = ((inner_decode(vae, z, level) - out[picks].float())/deviation).pow(2).mean()
+    deviation = out[:1024].float().std((0, 2, 3), keepdim=True).to(device)
+    def feature_loss(picks, generator): # the outer layers have no part in it, and get no gradient
+        dist = inner_encode(vae, into[picks].to(device).float(), level)
+        z = dist.mean + dist.std*torch.randn(dist.mean.shape, generator=generator).to(device)
+        mse = ((inner_decode(vae, z, level) - out[picks].to(device).float())/deviation).pow(2).mean()
         kl = dist.kl().mean()/z[0].numel()
-        for group in optimizer.param_groups: group['lr'] = vae_lr(cfg, seen)
-        optimizer.zero_grad(); (mse + cfg.kl_weight*kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.)
-        optimizer.step()
-        decay = warm_decay(cfg.ema_decay, seen//cfg.batch + 1)
-        for k, v in vae.state_dict().items(): ema[k].lerp_(v, 1 - decay)
-        parts.append(dict(mse=mse.item(), kl=kl.item()))
-        if len(parts) < every and seen + cfg.batch < cfg.n_images: continue
-        yield dict(images_seen=seen + cfg.batch, **{k: sum(p[k] for p in parts)/len(parts) for k in parts[0]})
-        parts = []
-    vae.load_state_dict(ema)
+        return mse + cfg.kl_weight*kl, dict(mse=mse.item(), kl=kl.item())
+    for state in train_vae(vae, pixels, cfg, folder, device, every, feature_loss): yield state
+    vae.load_state_dict(state['ema'])
 
 # %% ../nbs/02_vae.ipynb #2b90fdb0
 def make_vae(
@@ -334,7 +326,7 @@ def make_vae(
     minutes:float=1e9,        # stop after so many minutes; the next call goes on
     device:str='cpu',         # where to train
     shallow=None,             # folder of a trained VAE of one level less, to grow from
-    inner:VAETrainConfig=None,# training of the inside, where there is a shallow one
+    inner:VAETrainConfig=VAETrainConfig(n_images=24_000, batch=16, lr=3e-3, kl_weight=2e-3), # training of the inside
     report=None               # called with each state of the training
 )->dict:                      # what was reached
     "Train a VAE, fold its statistics and save it as fp16 with its recipe"
@@ -343,7 +335,7 @@ def make_vae(
     start = load_vae(VAEConfig(name=str(shallow))) if shallow else None
     vae = grow_vae(start, cfg, recipe.seed) if shallow else build_vae(cfg, pixels.shape[-1])
     if shallow and not (state_dir/'state.pt').is_file():
-        for state in train_inner(vae, start, pixels, inner):
+        for state in train_inner(vae, start, pixels, inner, state_dir/'inner', device):
             if report: report(state)
     for state in train_vae(vae, pixels, recipe, state_dir, device):
         if report: report(state)
