@@ -17,7 +17,8 @@ def collect(folder):
         a = e['adherence']
         rows.append(dict(name=f"adherence on withheld triples, {run['n_images']} pictures, seed {run['seed']}", ours=a['held_out'],
                          theirs=a['chance']['mean'], ratio=a['held_out']/a['chance']['mean'], unit='share of attributes', better='higher',
-                         **run, per_attribute=a['per_attribute'], all_six=a['all_six'], open_entropy=e['open_entropy']['per_attribute'],
+                         **run, std_error=a['std_error'], per_attribute=a['per_attribute'], all_six=a['all_six'],
+                         open_entropy=e['open_entropy']['per_attribute'],
                          guidance_scale=e['guidance_scale'], n_scored=e['n_images'], device=e['device'], versions=e['versions'],
                          date=str(datetime.date.fromtimestamp(path.stat().st_mtime))))
     return sorted(rows, key=lambda r: (r['n_images'], r['seed']))
@@ -44,7 +45,8 @@ def main():
     out = root/'bench'/'results'/'adherence.json'
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(rows, indent=1))
-    for r in rows: print(f"{r['n_images']:>7} pictures, seed {r['seed']}: {r['ours']:.3f} in {r['seconds']:.0f} s on {r['threads']} threads, "
-                         f"worst {min(r['per_attribute'].values()):.3f}, open entropy {min(r['open_entropy'].values()):.3f}")
+    for r in rows: print(f"{r['n_images']:>7} pictures, seed {r['seed']}: {r['ours']:.3f} ± {r['std_error']:.3f} "
+                         f"in {r['seconds']:.0f} s on {r['threads']} threads, worst {min(r['per_attribute'].values()):.3f}, "
+                         f"open entropy {min(r['open_entropy'].values()):.3f}")
 
 if __name__ == '__main__': main()

@@ -62,10 +62,10 @@ def main():
             unet.load_state_dict(load_file(run/'checkpoints'/f'img-{seen:08d}'/'ema.safetensors'))
             pipeline, drawn = build_pipeline(unet.eval(), models, objective), []
             def generate(prompts, seeds):
-                drawn[:] = sample(pipeline, prompts, seeds, cfg.sample.num_inference_steps, cfg.sample.guidance_scale)
-                return drawn
-            result = evaluate_generator(generate, 240, test, photographs, features='efficientnet-lite0')
-            shown = drawn[::12][:16]
+                drawn.append(sample(pipeline, prompts, seeds, cfg.sample.num_inference_steps, cfg.sample.guidance_scale))
+                return drawn[-1]
+            result = evaluate_generator(generate, 240, test, training, features='efficientnet-lite0')
+            shown = drawn[0][:16] # the first call draws the scored pictures, in random order; the second looks for copies
             nearest = nearest_images(network(to_pixel_values(shown)), network(photographs))[0]
             image_grid(shown, 8).save(run/f'grid-{name}.png')
             image_grid(shown + to_pil(photographs[nearest]), 8).save(run/f'nearest-{name}.png')

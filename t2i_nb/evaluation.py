@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['torch', 'F', 'safetensors', 'IMAGENET_MEAN', 'IMAGENET_STD', 'ReaderConfig', 'build_reader', 'split_logits',
-           'free_attributes', 'draw_flowers', 'to_pixel_values', 'spoil', 'attribute_targets', 'ReaderState',
-           'train_reader', 'fit_size', 'run_reader', 'read_logits', 'read_attributes', 'versions', 'save_reader',
-           'load_reader', 'fresh_drawings', 'reader_scores', 'confusion', 'make_reader', 'adherence', 'picture_seed',
-           'score_prompts', 'evaluate_pictures', 'load_function', 'load_foreign_reader', 'open_prompts', 'entropy',
-           'data_entropy', 'open_entropy', 'mmd2', 'kid', 'FeatureNetwork', 'efficientnet_lite0', 'reader_features',
-           'load_feature_network', 'nearest_images', 'copy_report', 'show_nearest', 'clipped_share', 'value_histogram',
-           'histogram_distance', 'last_validation', 'Evaluation', 'save_evaluation', 'load_evaluation',
-           'picture_report', 'score_adherence', 'evaluate_generator', 'summary', 'vae_report', 'describe_device',
-           'unseen_pictures', 'evaluate', 'compare_settings']
+           'free_attributes', 'draw_flowers', 'to_pixel_values', 'binomial_blur', 'spoil', 'attribute_targets',
+           'ReaderState', 'train_reader', 'fit_size', 'run_reader', 'read_logits', 'read_attributes', 'versions',
+           'save_reader', 'load_reader', 'fresh_drawings', 'reader_scores', 'make_reader', 'adherence', 'picture_seed',
+           'score_prompts', 'evaluate_pictures', 'load_function', 'load_foreign_reader', 'find_reader', 'open_prompts',
+           'entropy', 'data_entropy', 'open_entropy', 'mmd2', 'kid', 'FeatureNetwork', 'efficientnet_lite0',
+           'reader_features', 'load_feature_network', 'nearest_images', 'copy_report', 'score_copies', 'show_nearest',
+           'clipped_share', 'value_histogram', 'histogram_distance', 'last_validation', 'Evaluation', 'save_evaluation',
+           'load_evaluation', 'picture_report', 'score_adherence', 'evaluate_generator', 'summary', 'vae_report',
+           'describe_device', 'unseen_pictures', 'evaluate', 'compare_settings']
 
 # %% ../nbs/08_evaluation.ipynb #5120cd10
 import contextlib
@@ -109,6 +109,14 @@ def to_pixel_values(
     return images if images.is_floating_point() else images.float()/127.5 - 1
 
 # %% ../nbs/08_evaluation.ipynb #283711aa
+def binomial_blur(
+    x:Tensor # (b, 3, h, w)
+)->Tensor:   # (b, 3, h, w)
+    "Each channel under a 5x5 binomial kernel"
+    k = torch.tensor([1., 4., 6., 4., 1.])/16
+    maps = F.pad(x, (2, 2, 2, 2), mode='replicate').flatten(0, 1)[:, None] # (3b, 1, h + 4, w + 4)
+    return F.conv2d(maps, (k[:, None]*k)[None, None]).view_as(x)
+
 def spoil(
     pixel_values:Tensor, # (b, 3, h, w) in [-1, 1]
     generator,           # torch.Generator
@@ -118,9 +126,7 @@ def spoil(
     x, b = pixel_values, len(pixel_values)
     amount = lambda: torch.rand(b, 1, 1, 1, generator=generator)
     x = torch.where(amount() < .5, x.flip(-1), x)
-    k = torch.tensor([1., 4., 6., 4., 1.])/16
-    blurred = F.conv2d(F.pad(x, (2, 2, 2, 2), mode='replicate').flatten(0, 1)[:, None], (k[:, None]*k)[None, None])
-    x = x.lerp(blurred.view_as(x), cfg.blur*amount())
+    x = x.lerp(binomial_blur(x), cfg.blur*amount())
     x = x*(1 + cfg.brightness*(2*amount() - 1)) + cfg.brightness*(2*amount() - 1)
     return x + cfg.noise*amount()**2*torch.randn(x.shape, generator=generator)
 
@@ -253,17 +259,6 @@ def reader_scores(
     read = read_attributes(reader, pixel_values)
     return {k: sum(a[k] == r[k] for a, r in zip(attributes, read))/len(read) for k in ATTRIBUTES}
 
-# %% ../nbs/08_evaluation.ipynb #db5a4fd5
-def confusion(
-    attributes:list[dict], # the truth
-    read:list[dict],       # what the reader said
-    name:str               # which attribute
-)->np.ndarray:             # (k, k) counts: rows the truth, columns the reading, in the order of `ATTRIBUTES`
-    "How often each value of one attribute is read as each other"
-    values, table = ATTRIBUTES[name], np.zeros((len(ATTRIBUTES[name]),)*2, int)
-    for a, r in zip(attributes, read): table[values.index(a[name]), values.index(r[name])] += 1
-    return table
-
 # %% ../nbs/08_evaluation.ipynb #af7585c0
 def make_reader(
     folder,                          # where to write it
@@ -288,7 +283,7 @@ def make_reader(
 def adherence(
     prompted:list[dict], # what each prompt asked for; it may name fewer than six attributes
     read:list[dict]      # what each picture shows
-)->dict:                 # shares in [0, 1], each with its chance
+)->dict:                 # shares in [0, 1] with their chance, and the standard error of the mean over pictures
     "How well pictures obey their prompts"
     if len(prompted) != len(read):
         raise InputError(f"{len(prompted)} prompts but {len(read)} pictures; give one for each")
@@ -298,7 +293,10 @@ def adherence(
     chance = {k: 1/len(ATTRIBUTES[k]) for k in per_attribute}
     obeyed = [all(p[k] == r[k] for k in p) for p, r in zip(prompted, read)]
     lucky = [math.prod(chance[k] for k in p) for p in prompted]
-    return dict(mean=sum(per_attribute.values())/len(per_attribute), per_attribute=per_attribute,
+    moves = [sum(((p[k] == r[k]) - per_attribute[k])/len(right[k]) for k in p)/len(per_attribute)
+             for p, r in zip(prompted, read)] # how far each picture moves the mean
+    return dict(mean=sum(per_attribute.values())/len(per_attribute),
+                std_error=(sum(o*o for o in moves)*len(read)/max(len(read) - 1, 1))**.5, per_attribute=per_attribute,
                 worst_attribute=min(per_attribute, key=per_attribute.get), all_six=sum(obeyed)/len(obeyed),
                 chance=dict(mean=sum(chance.values())/len(chance), per_attribute=chance,
                             all_six=sum(lucky)/len(lucky)), n=len(read))
@@ -366,10 +364,16 @@ def load_foreign_reader(
         return answers
     return read
 
+def find_reader(
+    name:str='shipped' # 'shipped' or 'module:function'
+):                     # what `read_attributes` takes
+    "The instrument of that name"
+    return load_reader() if name == 'shipped' else load_foreign_reader(name)
+
 # %% ../nbs/08_evaluation.ipynb #d6f4fa95
 def open_prompts(
-    n:int=384,        # pictures in all, spread over six attributes
-    prompts:int=2,    # different prompts for each attribute
+    n:int=1536,       # pictures in all, spread over six attributes
+    prompts:int=4,    # different prompts for each attribute
     seed:int=0        # keys flowers, words and picture seeds
 )->tuple[list, list, list]: # prompts, what each names, picture seeds
     "Prompts that leave one attribute open, each repeated with different picture seeds"
@@ -432,20 +436,20 @@ def mmd2(
 
 # %% ../nbs/08_evaluation.ipynb #2c8fb8b6
 def kid(
-    features_a:Tensor,  # (m, d), e.g. of generated pictures
-    features_b:Tensor,  # (n, d), e.g. of real ones
-    subset:int=128,     # pictures of each kind in a subset
-    subsets:int=50,     # subsets
-    seed:int=0          # which pictures fall in which subset
-)->dict:                # mean and standard deviation over subsets, and the sizes
-    "Kernel inception distance, as the mean over random subsets"
-    subset = min(subset, len(features_a), len(features_b))
-    if subset < 2: raise InputError('KID needs at least 2 pictures on each side; generate more')
-    g = keyed_generator(seed, 'kid subsets')
-    pick = lambda o: o[torch.randperm(len(o), generator=g)[:subset]]
-    values = np.array([mmd2(pick(features_a), pick(features_b)) for _ in range(subsets)])
-    return dict(mean=float(values.mean()), std=float(values.std()), subset=subset, subsets=subsets,
-                n=[len(features_a), len(features_b)])
+    features_a:Tensor, # (m, d), e.g. of generated pictures
+    features_b:Tensor  # (n, d), e.g. of real ones
+)->dict:               # mean, its standard error, and the sizes
+    "Kernel inception distance over all pictures, with its jackknife standard error"
+    x, y = features_a.double(), features_b.double()
+    (m, d), n = x.shape, len(y)
+    if min(m, n) < 3: raise InputError('KID needs at least 3 pictures on each side; generate more')
+    k = lambda a, b: (a @ b.T/d + 1)**3 # (len(a), len(b))
+    kxx, kyy, kxy = k(x, x).fill_diagonal_(0), k(y, y).fill_diagonal_(0), k(x, y)
+    a, b, c = kxx.sum(), kyy.sum(), kxy.sum()
+    no_x = (a - 2*kxx.sum(1))/((m - 1)*(m - 2)) + b/(n*(n - 1)) - 2*(c - kxy.sum(1))/((m - 1)*n) # (m,)
+    no_y = a/(m*(m - 1)) + (b - 2*kyy.sum(1))/((n - 1)*(n - 2)) - 2*(c - kxy.sum(0))/(m*(n - 1)) # (n,)
+    error = ((m - 1)**2/m*no_x.var() + (n - 1)**2/n*no_y.var())**.5
+    return dict(mean=mmd2(x, y), std_error=error.item(), n=[m, n])
 
 # %% ../nbs/08_evaluation.ipynb #155dcb0b
 @dataclass(frozen=True)
@@ -510,38 +514,62 @@ def load_feature_network(
 def nearest_images(
     generated:Tensor, # (n, ...) pixels or features
     training:Tensor,  # (m, ...) the same of the training pictures
+    neighbours:int=50,# of the training pictures, for the ratio
     batch:int=256     # generated pictures at a time
-)->tuple[Tensor, Tensor]: # (n,) index of the nearest, (n,) root mean square difference to it
-    "The nearest training picture of each generated one"
+)->tuple[Tensor, Tensor, Tensor]: # (n,) each: index of the nearest, root mean square difference, ratio
+    "The nearest training picture of each generated one, and its distance over the mean of the nearest `neighbours`"
     a, b = (o.flatten(1).float() for o in (generated, training))
     if a.shape[1] != b.shape[1]:
-        raise InputError(f"pictures of {tuple(generated.shape[1:])} and {tuple(training.shape[1:])} cannot be compared; "
-                         "use one size")
-    found = [torch.cdist(o, b).min(1) for o in a.split(batch)]
-    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])/a.shape[1]**.5
+        raise InputError(f"pictures of {tuple(generated.shape[1:])} and {tuple(training.shape[1:])} cannot be "
+                         "compared; use one size")
+    k = min(neighbours, len(b))
+    found = [torch.cdist(o, b).topk(k, largest=False) for o in a.split(batch)]
+    values, indices = (torch.cat([getattr(f, o) for f in found]) for o in ('values', 'indices')) # (n, k)
+    return indices[:, 0], values[:, 0]/a.shape[1]**.5, values[:, 0]/values.mean(1)
 
+# %% ../nbs/08_evaluation.ipynb #107603d8
 def copy_report(
     generated:Tensor, # (n, ...) pixels or features
     training:Tensor,  # (m, ...)
     fresh:Tensor      # (k, ...) real pictures that were not trained on
-)->dict:              # median distances, and the share of copies
+)->dict:              # median distances, the ratio that is too small, and the share of copies
     "How near generated pictures come to training pictures, beside how near unseen real ones come"
-    near, usual = (nearest_images(o, training)[1] for o in (generated, fresh))
-    return dict(median=near.median().item(), median_of_real=usual.median().item(),
-                copies=(near < usual.quantile(.01)).float().mean().item(), n_training=len(training))
+    (_, near, ratio), (_, usual, usual_ratio) = (nearest_images(o, training) for o in (generated, fresh))
+    threshold = usual_ratio.quantile(.01)
+    return dict(median=near.median().item(), median_of_real=usual.median().item(), threshold=threshold.item(),
+                copies=(ratio < threshold).float().mean().item(), n=len(generated), n_training=len(training))
 
-# %% ../nbs/08_evaluation.ipynb #107603d8
+# %% ../nbs/08_evaluation.ipynb #11ae983a
+def score_copies(
+    generate,           # function from prompts and seeds to PIL images
+    training,           # dataset that was trained on
+    fresh:Tensor=None,  # (k, 3, h, w) in [-1, 1] real pictures that were not; toy flowers: None draws them
+    n_images:int=256,   # pictures to draw, at most as many as are searched
+    n_training:int=1024,# training pictures to search
+    seed:int=0          # keys the choice of training pictures, and what is drawn
+)->dict:                # as `copy_report` gives it
+    "Draw under captions of training pictures chosen at random, and look for copies of them and of others"
+    rows = keyed_rng(seed, 'copies').sample(range(len(training)), min(n_training, len(training)))
+    asked = rows[:n_images]
+    seeds = [picture_seed(seed, 'copies', i) for i in range(len(asked))]
+    drawn = to_pixel_values(generate([training.captions[i] for i in asked], seeds))
+    size = drawn.shape[-1]
+    if fresh is None:
+        anew = [training.attributes[i] for i in rows[:max(n_images, 256)]]
+        fresh = to_pixel_values(draw_flowers(anew, seed + 1, 'copies drawing', size))
+    return copy_report(drawn, fit_size(training.batch(rows), size), fit_size(fresh, size))
+
+# %% ../nbs/08_evaluation.ipynb #45bb1c2b
 def show_nearest(
     generated:Tensor, # (n, 3, h, w) in [-1, 1]
     training:Tensor,  # (m, 3, h, w) in [-1, 1]
-    n:int=6           # how many of the generated pictures, nearest first
+    n:int=6           # how many of the generated pictures, smallest ratio first
 ):                    # matplotlib axes
     "Generated pictures above their nearest training pictures, the most suspicious ones first"
-    indices, distances = nearest_images(generated, training)
-    order = distances.argsort()[:n]
-    return show_images(torch.cat([generated[order], training[indices[order]]]), cols=len(order),
-                       scale=.85,
-                       titles=[f'{distances[i]:.3f}' for i in order] + ['training']*len(order))
+    indices, _, ratios = nearest_images(generated, training)
+    order = ratios.argsort()[:n]
+    return show_images(torch.cat([generated[order], training[indices[order]]]), cols=len(order), scale=.85,
+                       titles=[f'{ratios[i]:.2f}' for i in order] + ['training']*len(order))
 
 # %% ../nbs/08_evaluation.ipynb #428f07a1
 def clipped_share(
@@ -581,14 +609,14 @@ def last_validation(
 class Evaluation:
     adherence:dict=field(default_factory=dict)       # means `held_out` and `seen`; the rest is of held_out
     open_entropy:dict=field(default_factory=dict)    # variety in what prompts leave open, per attribute
-    kid:dict=field(default_factory=dict)             # mean, std, network, resolution, sizes
-    copies:dict=field(default_factory=dict)          # distance to the training pictures
+    kid:dict=field(default_factory=dict)             # mean, std_error, network, resolution, sizes
+    copies:dict=field(default_factory=dict)          # distances to training pictures, share of copies
     values:dict=field(default_factory=dict)          # share of clipped values here and in the data, histogram distance
     validation_loss:dict=field(default_factory=dict) # images_seen, mean, bins from clean to noise
     vae:dict=field(default_factory=dict)             # round trip of real pictures, and what the reader reads of it
     guidance_scale:float=0.                          # 1 is no guidance
     sampler:str=''                                   # by its name in `06_sampling`
-    num_inference_steps:int=0                        # UNet calls a picture, without guidance
+    num_inference_steps:int=0                        # denoising steps
     n_images:int=0                                   # pictures in each scored set
     resolution:int=0                                 # side of the generated pictures
     seconds_per_image:float=0.                       # wall clock, text to picture
@@ -623,17 +651,14 @@ def load_evaluation(
 def picture_report(
     generated:Tensor,      # (n, 3, h, w) in [-1, 1]
     real:Tensor,           # (m, 3, h, w) pictures of the same kind that were not trained on
-    network:FeatureNetwork=None, # what KID looks through; None leaves KID out
-    training:Tensor=None   # (k, 3, h, w) training pictures, for the search for copies
-)->dict:                   # fields `kid`, `values` and `copies` of `Evaluation`
-    "Closeness to real pictures, range of values, and copies"
+    network:FeatureNetwork=None # what KID looks through; None leaves KID out
+)->dict:                   # fields `kid` and `values` of `Evaluation`
+    "Closeness to real pictures, and range of values"
     about = network and dict(network=network.name, resolution=network.resolution)
     distance = kid(network(generated), network(real)) | about if network else {}
     values = dict(clipped=clipped_share(generated), clipped_in_data=clipped_share(real),
                   histogram_distance=histogram_distance(generated, real))
-    size = generated.shape[-1]
-    copies = {} if training is None else copy_report(generated, fit_size(training, size), fit_size(real, size))
-    return dict(kid=distance, values=values, copies=copies)
+    return dict(kid=distance, values=values)
 
 # %% ../nbs/08_evaluation.ipynb #b158c75f
 def score_adherence(
@@ -659,30 +684,35 @@ def evaluate_generator(
     generate,             # function (prompts, seeds) -> PIL images
     n_images:int=256,     # pictures in each scored set
     dataset=None,         # real pictures that were not trained on; None scores toy flowers
-    training:Tensor=None, # (k, 3, h, w) in [-1, 1] training pictures, for the search for copies
+    training=None,        # dataset that was trained on; None leaves out the search for copies
+    n_training:int=1024,  # how many of its pictures are searched
     reader:str='shipped', # 'shipped' or 'module:function'
     features:str='reader',# feature network of KID; '' leaves KID out
-    n_open:int=384,       # pictures for what prompts leave open; 0 leaves it out
+    n_open:int=1536,      # pictures for what prompts leave open; 0 leaves it out
     seed:int=0,           # keys prompts and pictures
+    real:Tensor=None,     # toy flowers: unseen drawings of withheld triples; drawn if None
     **facts               # further fields of `Evaluation`: guidance_scale, sampler, …
 )->Evaluation:
     "Measure a generator"
     out, network = {}, load_feature_network(features) if features else None
     if dataset is None:
-        instrument = load_reader() if reader == 'shipped' else load_foreign_reader(reader)
+        instrument, facts['reader'] = find_reader(reader), reader
         out['adherence'], pictures, seconds = score_adherence(generate, n_images, instrument, seed)
         if n_open:
             prompts, named, seeds = open_prompts(n_open, seed=seed)
             shown = read_attributes(instrument, to_pixel_values(generate(prompts, seeds)))
             out['open_entropy'] = open_entropy(named, shown)
-        real = fresh_drawings(max(n_images, 256), True, seed + 1, pictures.shape[-1])[1]
-        facts['reader'] = reader
+        if real is None: real = fresh_drawings(max(n_images, 256), True, seed + 1, pictures.shape[-1])[1]
     else:
-        rows = [i % len(dataset) for i in range(n_images)]
-        seeds, start = [picture_seed(seed, 'dataset', i) for i in range(n_images)], time.perf_counter()
+        order = keyed_rng(seed, 'dataset').sample(range(len(dataset)), len(dataset))
+        rows, start = [order[i % len(order)] for i in range(n_images)], time.perf_counter()
+        seeds = [picture_seed(seed, 'dataset', i) for i in range(n_images)]
         pictures = to_pixel_values(generate([dataset.captions[i] for i in rows], seeds))
         seconds, real = (time.perf_counter() - start)/n_images, dataset.batch(sorted(set(rows)))
-    return Evaluation(**out, **picture_report(pictures, real, network, training), n_images=n_images, seed=seed,
+    if training is not None:
+        fresh = None if dataset is None else real
+        out['copies'] = score_copies(generate, training, fresh, n_images, n_training, seed)
+    return Evaluation(**out, **picture_report(pictures, real, network), n_images=n_images, seed=seed,
                       resolution=pictures.shape[-1], seconds_per_image=seconds, versions=versions(), **facts)
 
 # %% ../nbs/08_evaluation.ipynb #2d550ce7
@@ -724,15 +754,16 @@ def describe_device(
 def unseen_pictures(
     cfg:DataConfig, # what a run was trained on
     data:str='',    # photographs: another source to compare with; '' takes the validation split
-    n:int=256,      # toy flowers: how many to draw
-    seed:int=1      # toy flowers: keys the drawings
+    n:int=256,      # how many pictures
+    seed:int=1      # keys the drawings, or the choice of photographs
 )->tuple:           # dataset or None, pictures (n, 3, h, w), attributes or None
     "Real pictures that the run did not train on"
     if cfg.source == 'toy_flowers':
         attributes, real = fresh_drawings(n, True, seed, cfg.size)
         return None, real, attributes
     dataset = load_dataset(replace(cfg, source=data), 'test') if data else load_dataset(cfg, 'validation')
-    return dataset, dataset.batch(range(min(n, len(dataset)))), None
+    chosen = keyed_rng(seed, 'unseen').sample(range(len(dataset)), min(n, len(dataset)))
+    return dataset, dataset.batch(chosen), None
 
 # %% ../nbs/08_evaluation.ipynb #0c503f83
 def evaluate(
@@ -744,7 +775,7 @@ def evaluate(
     reader:str='shipped',      # 'shipped' or 'module:function'
     features:str='',           # feature network of KID; '' takes one that suits the data and is installed
     data:str='',               # photographs: folder or parquet file to compare with; '' takes the validation split
-    n_open:int=384,            # toy flowers: pictures for what prompts leave open; 0 leaves it out
+    n_open:int=1536,           # toy flowers: pictures for what prompts leave open; 0 leaves it out
     n_training:int=1024,       # training pictures searched for copies; 0 leaves it out
     seed:int=0                 # keys prompts and pictures
 )->Evaluation:                 # also written to evaluation.json in `run_dir`
@@ -755,13 +786,13 @@ def evaluate(
     how = dict(num_inference_steps=num_inference_steps or s.num_inference_steps, sampler=sampler or s.sampler,
                guidance_scale=s.guidance_scale if guidance_scale is None else guidance_scale)
     features = features or ('reader' if toy else 'efficientnet-lite0' if find_spec('efficientnet_lite_pytorch') else '')
-    dataset, real, attributes = unseen_pictures(cfg.data, data, seed=seed + 1)
-    train_set, vae = load_dataset(cfg.data), load_vae(cfg.vae, cfg.data.size)
+    dataset, real, attributes = unseen_pictures(cfg.data, data, max(n_images, 256), seed + 1)
+    vae, instrument = load_vae(cfg.vae, cfg.data.size), find_reader(reader) if toy else None
     result = evaluate_generator(
         lambda prompts, seeds: sample(pipeline, prompts, seeds, **how), n_images, dataset,
-        train_set.batch(range(min(n_training, len(train_set)))) if n_training else None, reader, features, n_open, seed,
-        validation_loss=last_validation(read_metrics(run_dir)), vae=vae_report(vae, real, attributes) if vae else {},
-        device=describe_device(device), **how)
+        load_dataset(cfg.data) if n_training else None, n_training, reader, features, n_open, seed,
+        real if toy else None, validation_loss=last_validation(read_metrics(run_dir)),
+        vae=vae_report(vae, real, attributes, instrument) if vae else {}, device=describe_device(device), **how)
     save_evaluation(result, run_dir)
     return result
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['torch', 'diffusers', 'SCHEDULERS', 'FLOW_SCHEDULERS', 'TextToImagePipeline', 'build_pipeline', 'save_pipeline',
-           'load_pipeline', 'make_scheduler', 'make_generators', 'initial_noise', 'guide', 'denoise', 'draw', 'sample',
-           'grid_maker']
+           'load_pipeline', 'make_scheduler', 'set_steps', 'make_generators', 'initial_noise', 'guide', 'denoise',
+           'draw', 'sample', 'grid_maker']
 
 # %% ../nbs/06_sampling.ipynb #23d72ba4
 from pathlib import Path
@@ -31,14 +31,17 @@ class TextToImagePipeline(DiffusionPipeline):
         num_inference_steps:int=16,  # denoising steps
         guidance_scale:float=3.,     # 1 is none
         negative_prompt:str='',      # what to steer away from
-        generator=None,              # one torch.Generator per picture, or None
-        output_type:str='pil'        # 'pil', or 'pt' for a tensor in [-1, 1]
+        generator=None,              # a list of one torch.Generator per picture, one for all of them, or None
+        output_type:str='pil'        # 'pil', or 'pt' for a tensor (b, 3, h, w) in [0, 1]
     ):                               # ImagePipelineOutput
         "Draw one picture per prompt"
+        if output_type not in ('pil', 'pt'): raise InputError(f"there is no output_type '{output_type}'; use pil or pt")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         generators = generator if isinstance(generator, list) else [generator]*len(prompts)
+        if len(prompts) != len(generators):
+            raise InputError(f"there are {len(prompts)} prompts and {len(generators)} generators; give one per prompt")
         x = draw(self, prompts, generators, num_inference_steps, guidance_scale, negative_prompt)
-        return ImagePipelineOutput(to_pil(x) if output_type == 'pil' else x)
+        return ImagePipelineOutput(to_pil(x) if output_type == 'pil' else (x.clamp(-1, 1) + 1)/2)
 
 # %% ../nbs/06_sampling.ipynb #d22b38dd
 def build_pipeline(
@@ -47,7 +50,8 @@ def build_pipeline(
     objective:Objective  # what the UNet was trained to say
 ):                       # StableDiffusionPipeline, or TextToImagePipeline in pixel space
     "The parts of a run as one diffusers pipeline"
-    parts = dict(text_encoder=models.text_encoder, tokenizer=models.tokenizer, unet=unet, scheduler=objective.noise_scheduler())
+    parts = dict(text_encoder=models.text_encoder, tokenizer=models.tokenizer, unet=unet,
+                 scheduler=objective.noise_scheduler())
     if models.vae is None: pipeline = TextToImagePipeline(**parts)
     else: pipeline = diffusers.StableDiffusionPipeline(vae=models.vae, safety_checker=None, feature_extractor=None,
                                                        requires_safety_checker=False, **parts)
@@ -63,6 +67,7 @@ def save_pipeline(
     "Write the parts in diffusers' layout, as fp32 safetensors"
     build_pipeline(unet, models, objective).to('cpu', torch.float32).save_pretrained(folder)
 
+# %% ../nbs/06_sampling.ipynb #d0febf1a
 def load_pipeline(
     path # a run directory, or a folder in diffusers' layout
 ):       # StableDiffusionPipeline or TextToImagePipeline
@@ -70,9 +75,13 @@ def load_pipeline(
     path = Path(path)
     folder = path/'pipeline' if (path/'pipeline').is_dir() else path
     if not (folder/'model_index.json').is_file():
-        raise InputError(f"{path} holds no pipeline (no model_index.json); train first, or give a folder in diffusers' layout")
+        raise InputError(f"{path} holds no pipeline (no model_index.json); train first, or give a folder in diffusers' "
+                         "layout")
     kind = diffusers.DiffusionPipeline.load_config(str(folder))['_class_name']
-    cls = TextToImagePipeline if kind == 'TextToImagePipeline' else getattr(diffusers, kind)
+    if kind not in ('StableDiffusionPipeline', 'TextToImagePipeline'):
+        raise InputError(f"{folder} holds a {kind}; give a StableDiffusionPipeline or a TextToImagePipeline, or draw "
+                         "with diffusers itself")
+    cls = TextToImagePipeline if kind == 'TextToImagePipeline' else diffusers.StableDiffusionPipeline
     extra = {} if cls is TextToImagePipeline else dict(safety_checker=None, requires_safety_checker=False)
     pipeline = cls.from_pretrained(folder, dtype=torch.float32, low_cpu_mem_usage=False, **extra)
     pipeline.set_progress_bar_config(disable=True)
@@ -90,11 +99,26 @@ def make_scheduler(
 ):           # a stock scheduler for the same model
     "The scheduler that runs sampler `name` on the model that `saved` was saved with"
     check_sampler(name)
-    flow = saved.config.prediction_type == 'flow_prediction'
+    config, flow = saved.config, saved.config.prediction_type == 'flow_prediction'
     cls = getattr(diffusers, (FLOW_SCHEDULERS if flow else SCHEDULERS)[name])
-    if flow and name != 'dpmpp_2m': return cls(num_train_timesteps=saved.config.num_train_timesteps)
-    extra = dict(clip_sample=False, set_alpha_to_one=False) if name == 'ddim' else {}
-    return cls.from_config(saved.config, **extra)
+    if name == 'dpmpp_2m': return cls.from_config(config)
+    if flow: return cls(num_train_timesteps=config.num_train_timesteps, shift=config.get('flow_shift', 1.))
+    spacing = config.get('timestep_spacing', 'leading')
+    if spacing == 'linspace': spacing = 'trailing'
+    if name == 'heun' or config.prediction_type == 'epsilon': spacing = 'leading'
+    extra = dict(clip_sample=False) if name == 'ddim' else {}
+    scheduler = cls.from_config(config, timestep_spacing=spacing, **extra)
+    if name == 'heun': scheduler.alphas_cumprod = saved.alphas_cumprod # the stock class ignores zero terminal SNR
+    return scheduler
+
+# %% ../nbs/06_sampling.ipynb #2ae73553
+def set_steps(
+    scheduler,              # what `make_scheduler` returns
+    num_inference_steps:int # steps
+):
+    "Choose the scheduler's timesteps; the last one is a whole step before the picture"
+    if type(scheduler).__name__.startswith('FlowMatch'): scheduler.sigma_min = 1/num_inference_steps
+    scheduler.set_timesteps(num_inference_steps)
 
 # %% ../nbs/06_sampling.ipynb #8d77288e
 def make_generators(
@@ -132,19 +156,21 @@ def denoise(
     null_states:Tensor,      # token states of the negative prompts, same shape
     num_inference_steps:int=16, # steps
     guidance_scale:float=3., # 1 is none and costs one pass a step
-    guidance_rescale:float=0., # share of the contrast to restore
+    guidance_rescale:float=0., # share of the standard deviation to restore, 0 to 1
     guidance_interval:tuple=(0., 1.), # noise levels, as timestep/1000, at which guidance acts
     callback=None            # called with (step, timestep, latents) after each step
 )->Tensor:                   # (b, c, h, w)
     "Take `noise` to clean latents"
-    scheduler.set_timesteps(num_inference_steps)
-    x, both = noise*getattr(scheduler, 'init_noise_sigma', 1.), torch.cat([null_states, states])
+    set_steps(scheduler, num_inference_steps)
+    x, (low, high) = noise*getattr(scheduler, 'init_noise_sigma', 1.), guidance_interval
     for i, t in enumerate(scheduler.timesteps):
-        scale = getattr(scheduler, 'scale_model_input', lambda v, t: v)
-        inputs, level = scale(x, t), float(t)/scheduler.config.num_train_timesteps
-        guided = guidance_scale != 1 and guidance_interval[0] <= level <= guidance_interval[1]
+        inputs = scheduler.scale_model_input(x, t) if hasattr(scheduler, 'scale_model_input') else x
+        guided = guidance_scale != 1 and low <= float(t)/scheduler.config.num_train_timesteps <= high
         with torch.no_grad():
-            if guided: pred = guide(*unet(torch.cat([inputs]*2), t, both).sample.chunk(2)[::-1], guidance_scale, guidance_rescale)
+            if guided: # one pass over twice the batch: first with the negative prompts, then with the prompts
+                pred = unet(torch.cat([inputs, inputs]), t, torch.cat([null_states, states])).sample
+                uncond, cond = pred.chunk(2)
+                pred = guide(cond, uncond, guidance_scale, guidance_rescale)
             else: pred = unet(inputs, t, states).sample
         x = scheduler.step(pred, t, x).prev_sample
         if callback: callback(i, t, x)
@@ -167,11 +193,12 @@ def draw(
     size = unet.config.sample_size
     noise = initial_noise(generators, (unet.config.in_channels, size, size)).to(device)
     null = encode([negative_prompt]).expand(len(prompts), -1, -1)
-    x = denoise(unet, make_scheduler(pipeline.scheduler, sampler), noise, encode(list(prompts)), null, num_inference_steps,
-                guidance_scale, **kwargs)
+    x = denoise(unet, make_scheduler(pipeline.scheduler, sampler), noise, encode(list(prompts)), null,
+                num_inference_steps, guidance_scale, **kwargs)
     vae = getattr(pipeline, 'vae', None)
     return decode_latents(vae, x) if vae is not None else x
 
+# %% ../nbs/06_sampling.ipynb #1050f846
 def sample(
     pipeline,                    # StableDiffusionPipeline or TextToImagePipeline
     prompts:list,                # one per picture
@@ -185,12 +212,13 @@ def sample(
     **kwargs                     # guidance_rescale, guidance_interval and callback of `denoise`
 )->list:                         # PIL images
     "One picture per prompt and seed"
-    if len(prompts) != len(seeds): raise InputError(f"there are {len(prompts)} prompts and {len(seeds)} seeds; give one seed per prompt")
+    if len(prompts) != len(seeds):
+        raise InputError(f"there are {len(prompts)} prompts and {len(seeds)} seeds; give one seed per prompt")
     images = []
     for i in progress(range(0, len(prompts), batch_size)):
         part = slice(i, i + batch_size)
         images += to_pil(draw(pipeline, prompts[part], make_generators(seeds[part]), num_inference_steps,
-                                        guidance_scale, negative_prompt, sampler, **kwargs))
+                              guidance_scale, negative_prompt, sampler, **kwargs))
     return images
 
 # %% ../nbs/06_sampling.ipynb #536e4de6
@@ -203,6 +231,7 @@ def grid_maker(
     texts, s = list(cfg.sample.prompts or prompts), cfg.sample
     def grid(unet, images_seen):
         pipeline = build_pipeline(unet, models, Objective(cfg.objective)).to(unet.device)
-        images = sample(pipeline, texts, list(range(len(texts))), s.num_inference_steps, s.guidance_scale, sampler=s.sampler)
+        images = sample(pipeline, texts, list(range(len(texts))), s.num_inference_steps, s.guidance_scale,
+                        sampler=s.sampler)
         return image_grid(images, cols=min(8, len(texts)))
     return grid

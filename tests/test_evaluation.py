@@ -2,9 +2,9 @@
 import subprocess, sys
 import pytest
 import torch
-from t2i_nb.core import InputError
-from t2i_nb.data import DataConfig, load_dataset
-from t2i_nb.evaluation import copy_report, kid, load_feature_network, picture_report
+from t2i_nb.core import InputError, to_pil
+from t2i_nb.data import DataConfig
+from t2i_nb.evaluation import copy_report, kid, load_feature_network, picture_report, score_copies, unseen_pictures
 
 N = 80 # of each side: with 32 the chance of the draw is as large as what is measured
 
@@ -17,49 +17,62 @@ def network():
 
 @pytest.fixture(scope='module')
 def photos(test_data):
-    "Photographs of two kinds: `train` and `test` hold other pictures of the same twelve species"
-    return {split: load_dataset(DataConfig(source=str(test_data('flowers12')/f'{split}.parquet'), size=64), 'test')
-            for split in ('train', 'test')}
-
-def spread(dataset, start=0): return dataset.batch(list(range(start, len(dataset), len(dataset)//N))[:N])
+    "Photographs of two kinds, each as dataset and N pictures: other pictures of the same twelve species"
+    sources = {split: str(test_data('flowers12')/f'{split}.parquet') for split in ('train', 'test')}
+    return {split: unseen_pictures(DataConfig(source=path, size=64), path, N)[:2] for split, path in sources.items()}
 
 @pytest.fixture(scope='module')
 def features(network, photos):
-    train, test = spread(photos['train']), spread(photos['test'])
+    train, test = photos['train'][1], photos['test'][1]
     blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(test, 8), scale_factor=8, mode='bilinear')
     return {k: network(v) for k, v in dict(train=train, test=test, blurred=blurred, reversed=test.flip(1)).items()}
 
 def test_shape_and_determinism(network, photos, features):
     assert network.resolution == 224 and features['train'].shape == (N, 1280)
-    assert torch.equal(network(spread(photos['test'])[:32]), features['test'][:32])
+    assert torch.equal(network(photos['test'][1][:32]), features['test'][:32])
+
+def test_photographs_are_chosen_by_seed_from_the_whole_source(photos):
+    "A sorted source begins with one species"
+    dataset, pictures = photos['test']
+    cfg = dataset.cfg
+    again, other = (unseen_pictures(cfg, cfg.source, N, seed)[1] for seed in (1, 2))
+    assert torch.equal(again, pictures) and not torch.equal(other, pictures)
+    assert not torch.equal(pictures, dataset.batch(range(N)))
 
 def test_kid_orders_real_and_spoilt_photographs(features):
-    distance = {k: kid(features[k], features['train'], subset=N, subsets=1)['mean'] for k in ('test', 'blurred', 'reversed')}
+    distance = {k: kid(features[k], features['train'])['mean'] for k in ('test', 'blurred', 'reversed')}
     assert abs(distance['test']) < .2*distance['reversed'] < distance['blurred'], distance
 
 def test_kid_is_about_zero_between_halves(features):
     both = torch.cat([features['train'], features['test']])
     order = torch.randperm(len(both), generator=torch.Generator().manual_seed(0))
-    halves = [kid(both[order[i::2]], both[order[1 - i::2]], subset=N, subsets=1)['mean'] for i in (0, 1)]
-    blurred = kid(features['blurred'], features['train'], subset=N, subsets=1)['mean']
-    assert abs(sum(halves)/2) < .1*blurred
+    halves = kid(both[order[::2]], both[order[1::2]])
+    assert abs(halves['mean']) < 4*halves['std_error'], halves
+    assert abs(halves['mean']) < .1*kid(features['blurred'], features['train'])['mean']
 
 def test_species_lie_apart(network, photos):
     "Features of an ImageNet network tell daisies from dandelions"
-    rows = {w: [i for i, c in enumerate(photos['test'].captions) if w in c][:16] for w in ('daisy', 'bluebell')}
-    a, b = (network(photos['test'].batch(r)) for r in rows.values())
-    assert kid(a, b, subset=16, subsets=1)['mean'] > 5*abs(kid(a[:8], a[8:], subset=8, subsets=1)['mean'])
+    dataset = photos['test'][0]
+    rows = {w: [i for i, c in enumerate(dataset.captions) if w in c][:16] for w in ('daisy', 'bluebell')}
+    a, b = (network(dataset.batch(r)) for r in rows.values())
+    assert kid(a, b)['mean'] > 5*abs(kid(a[:8], a[8:])['mean'])
 
 def test_report_names_network_resolution_and_sizes(network, photos):
-    a, b = spread(photos['test'])[:8], spread(photos['train'])[:8]
-    report = picture_report(a, b, network, training=b)
+    report = picture_report(photos['test'][1][:8], photos['train'][1][:8], network)
     assert report['kid']['network'] == 'efficientnet-lite0' and report['kid']['resolution'] == 224
-    assert report['kid']['n'] == [8, 8] and report['copies']['n_training'] == 8
+    assert report['kid']['n'] == [8, 8]
 
 def test_copies_of_photographs_are_found(photos):
-    training, fresh = spread(photos['train']), spread(photos['test'])
+    (dataset, training), fresh = photos['train'], photos['test'][1]
     assert copy_report(training[:16], training, fresh)['copies'] == 1
     assert copy_report(fresh[::2], training, fresh[1::2])['copies'] <= .25
+    asked = []
+    def remember(prompts, seeds):
+        asked.extend(prompts)
+        return to_pil(dataset.batch([dataset.captions.index(p) for p in prompts]))
+    report = score_copies(remember, dataset, fresh, n_images=16, n_training=len(dataset))
+    assert report['copies'] == 1 and report['n'] == 16 and report['n_training'] == len(dataset)
+    assert len(set(asked)) > 4 # species
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'efficientnet_lite_pytorch', None)
