@@ -155,14 +155,16 @@ def load_config(
     "Read a configuration from `path`"
     path = Path(path)
     if not path.is_file(): raise InputError(f"there is no configuration file {path}; check the path")
-    return from_dict(cls, read_yaml(path.read_text(), path) or {})
+    try: text = path.read_text(encoding='utf-8')
+    except UnicodeDecodeError: raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    return from_dict(cls, read_yaml(text, path) or {})
 
 def save_config(
     cfg,  # a configuration dataclass
     path  # YAML file to write
 ):
     "Write every field of `cfg` to `path`, so that `load_config` gives it back"
-    Path(path).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True))
+    Path(path).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True), encoding='utf-8')
 
 # %% ../nbs/00_core.ipynb #c41042e2
 def package_dir()->Path: # folder of the installed package
