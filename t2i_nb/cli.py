@@ -28,7 +28,7 @@ from fastcore.script import anno_parser
 import t2i_nb
 from .captions import check_prompt_length, encoder_places
 from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, image_grid, lazy, load_config,
-                         nearest, package_dir, show_images, to_dict)
+                         nearest, package_dir, save_config, show_images, to_dict)
 from .data import IMAGE_SUFFIXES, DataConfig, load_dataset
 from .evaluation import (Evaluation, evaluate as evaluate_run, load_function, open_prompts, save_evaluation,
                                score_prompts, summary, unseen_pictures, vae_report)
@@ -491,18 +491,20 @@ def all_pixels(
 def check_vae_folder(
     folder:Path,            # where a VAE is or will be
     cfg:VAEConfig,          # wanted architecture
-    recipe:VAETrainConfig   # wanted training
+    recipe:VAETrainConfig,  # wanted training
+    data:DataConfig         # wanted pictures
 )->int:                     # pictures seen so far
-    "Refuse a folder that holds another VAE"
-    if Path(folder).is_file(): raise InputError(f"--out {folder} is a file; name a folder")
-    if not (Path(folder)/'recipe.json').is_file(): return 0
-    made = json.loads((Path(folder)/'recipe.json').read_text())
-    wanted = json.loads(json.dumps(dict(architecture=to_dict(cfg), training=to_dict(recipe)))) # tuples become lists
-    there, here = flat({k: made[k] for k in wanted}), flat(wanted)
-    for k in here:
-        if there.get(k) != here[k]: raise InputError(f"{folder} holds a VAE with {k} = {there.get(k)}, not {here[k]}; "
-                                                     "use that value, or another --out")
-    return made['reached']['images_seen']
+    "Refuse a folder that holds another VAE, or one of other pictures"
+    folder, wanted, made = Path(folder), dict(architecture=to_dict(cfg), training=to_dict(recipe)), {}
+    if folder.is_file(): raise InputError(f"--out {folder} is a file; name a folder")
+    if (folder/'recipe.json').is_file(): made = json.loads((folder/'recipe.json').read_text())
+    there = flat({k: made[k] for k in wanted if made})
+    if (folder/'data.yaml').is_file(): there |= flat(dict(data=to_dict(load_config(folder/'data.yaml', DataConfig))))
+    here = flat(json.loads(json.dumps(wanted | dict(data=to_dict(data))))) # tuples become lists
+    for k in there:
+        if k in here and there[k] != here[k]: raise InputError(f"{folder} holds a VAE with {k} = {there[k]}, not "
+                                                               f"{here[k]}; use that value, or another --out")
+    return made['reached']['images_seen'] if made else 0
 
 # %% ../nbs/09_cli.ipynb #180b5b5d
 @command('vae train', 't2i vae train folder --out runs/vae --set data.source=photos', 't2i vae train demo --minutes 20')
@@ -522,9 +524,12 @@ def vae_train(
     cfg, out = read_recipe(recipe, set), Path(out or f'runs/{Path(recipe).stem}-vae')
     wanted, steps = replace(cfg.vae, name='new'), VAETrainConfig(n_images, batch, lr)
     check_run(replace(cfg, vae=wanted))
-    seen, start = check_vae_folder(out, wanted, steps), time.monotonic()
+    seen, start = check_vae_folder(out, wanted, steps, cfg.data), time.monotonic()
     drawn = replace(cfg.data, n_images=steps.n_drawings, seed=steps.seed) # in a folder the seed would move the split
-    if seen < n_images: pixels = all_pixels(drawn if cfg.data.source == 'toy_flowers' else cfg.data)
+    if seen < n_images:
+        pixels = all_pixels(drawn if cfg.data.source == 'toy_flowers' else cfg.data)
+        out.mkdir(parents=True, exist_ok=True)
+        save_config(cfg.data, out/'data.yaml')
     while seen < n_images:
         left = 5 if minutes is None else minutes - (time.monotonic() - start)/60
         if left <= 0: break
