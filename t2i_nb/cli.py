@@ -495,15 +495,17 @@ def check_vae_folder(
     data:DataConfig         # wanted pictures
 )->int:                     # pictures seen so far
     "Refuse a folder that holds another VAE, or one of other pictures"
-    folder, wanted, made = Path(folder), dict(architecture=to_dict(cfg), training=to_dict(recipe)), {}
+    folder, made, there = Path(folder), {}, {}
     if folder.is_file(): raise InputError(f"--out {folder} is a file; name a folder")
-    if (folder/'recipe.json').is_file(): made = json.loads((folder/'recipe.json').read_text())
-    there = flat({k: made[k] for k in wanted if made})
-    if (folder/'data.yaml').is_file(): there |= flat(dict(data=to_dict(load_config(folder/'data.yaml', DataConfig))))
-    here = flat(json.loads(json.dumps(wanted | dict(data=to_dict(data))))) # tuples become lists
-    for k in there:
-        if k in here and there[k] != here[k]: raise InputError(f"{folder} holds a VAE with {k} = {there[k]}, not "
-                                                               f"{here[k]}; use that value, or another --out")
+    if (folder/'recipe.json').is_file():
+        made = json.loads((folder/'recipe.json').read_text())
+        there = {k: made[k] for k in ('architecture', 'training')}
+    if (folder/'data.yaml').is_file(): there['data'] = to_dict(load_config(folder/'data.yaml', DataConfig))
+    wanted = dict(architecture=to_dict(cfg), training=to_dict(recipe), data=to_dict(data))
+    there, here = flat(there), flat(json.loads(json.dumps({k: wanted[k] for k in there}))) # tuples become lists
+    for k in here:
+        if there.get(k) != here[k]: raise InputError(f"{folder} holds a VAE with {k} = {there.get(k)}, not {here[k]}; "
+                                                     "use that value, or another --out")
     return made['reached']['images_seen'] if made else 0
 
 # %% ../nbs/09_cli.ipynb #180b5b5d
@@ -524,12 +526,14 @@ def vae_train(
     cfg, out = read_recipe(recipe, set), Path(out or f'runs/{Path(recipe).stem}-vae')
     wanted, steps = replace(cfg.vae, name='new'), VAETrainConfig(n_images, batch, lr)
     check_run(replace(cfg, vae=wanted))
-    seen, start = check_vae_folder(out, wanted, steps, cfg.data), time.monotonic()
-    drawn = replace(cfg.data, n_images=steps.n_drawings, seed=steps.seed) # in a folder the seed would move the split
+    data = cfg.data
+    if data.source == 'toy_flowers': # of a folder the seed moves the split, and it has the pictures it has
+        data = replace(data, n_images=steps.n_drawings, seed=steps.seed)
+    seen, start = check_vae_folder(out, wanted, steps, data), time.monotonic()
     if seen < n_images:
-        pixels = all_pixels(drawn if cfg.data.source == 'toy_flowers' else cfg.data)
+        pixels = all_pixels(data)
         out.mkdir(parents=True, exist_ok=True)
-        save_config(cfg.data, out/'data.yaml')
+        save_config(data, out/'data.yaml')
     while seen < n_images:
         left = 5 if minutes is None else minutes - (time.monotonic() - start)/60
         if left <= 0: break

@@ -86,6 +86,14 @@ def heavy_after(code, *args):
     assert 'HEAVY' in done.stdout, done.stderr
     return done.stdout.rsplit('HEAVY', 1)[1].split(), done
 
+def test_configurations_are_utf8_in_every_locale(tmp_path):
+    "A process whose own encoding is ASCII writes and reads what another one did"
+    code = """import sys; from t2i_nb.core import load_config, save_config; from t2i_nb.data import DataConfig
+save_config(DataConfig('Bl\\u00fcten'), sys.argv[1]); assert load_config(sys.argv[1], DataConfig).source == 'Bl\\u00fcten'"""
+    done = fresh(code, tmp_path/'c.yaml', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', LC_ALL='C', PYTHONIOENCODING='utf-8')
+    assert done.returncode == 0, done.stderr
+    assert 'Bl\u00fcten' in (tmp_path/'c.yaml').read_text(encoding='utf-8')
+
 def test_imports_are_cheap(project):
     "Every module but `sampling`, which subclasses a diffusers class, imports without a heavy package"
     names = [f't2i_nb.{o}' for o in modules(project) if o != 'sampling']
