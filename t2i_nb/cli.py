@@ -6,9 +6,9 @@
 __all__ = ['torch', 'tqdm', 'plt', 'COMMANDS', 'OVERVIEW', 'GOES_ON', 'Overrides', 'FEATURES', 'DEFAULTS', 'command',
            'HelpFormatter', 'make_parser', 'overview', 'find_command', 'run_command', 'tell', 'format_result', 'main',
            'key_value', 'read_recipe', 'run_folder', 'check_least', 'make_folder', 'find_pipeline', 'sampling_settings',
-           'hush', 'bar', 'grid_prompts', 'prepare', 'fit', 'cache', 'train', 'sample', 'score_lines', 'check_features',
-           'open_pictures', 'tell_pictures', 'evaluate', 'draw_grid', 'demo', 'all_pixels', 'check_vae_folder',
-           'vae_train', 'vae_evaluate']
+           'hush', 'bar', 'caption_limit', 'scan', 'grid_prompts', 'prepare', 'fit', 'cache', 'train', 'sample',
+           'score_lines', 'check_features', 'open_pictures', 'tell_pictures', 'evaluate', 'draw_grid', 'demo',
+           'all_pixels', 'check_vae_folder', 'vae_train', 'vae_evaluate']
 
 # %% ../nbs/09_cli.ipynb #55cf03b5
 import argparse
@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Annotated
 from fastcore.script import anno_parser
 import t2i_nb
-from .captions import check_prompt_length, encoder_places
+from .captions import TextConfig, check_prompt_length, count_tokens, encoder_places, load_text_encoder
 from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, image_grid, lazy, load_config,
                          nearest, package_dir, save_config, show_images, to_dict)
-from .data import IMAGE_SUFFIXES, DataConfig, load_dataset
+from .data import (IMAGE_SUFFIXES, DataConfig, load_dataset, load_usable, scan as scan_source,
+                         source_files)
 from .evaluation import (Evaluation, evaluate as evaluate_run, load_function, open_prompts, save_evaluation,
                                score_prompts, summary, unseen_pictures, vae_report)
 from .train import (Components, RunConfig, SampleConfig, TrainState, averaged, check_run, check_sampler,
@@ -243,7 +244,7 @@ def sampling_settings(
     check_least('--num-inference-steps', settings['num_inference_steps'])
     return settings
 
-# %% ../nbs/09_cli.ipynb #3bdb2e45
+# %% ../nbs/09_cli.ipynb #0a22e48d
 def hush():
     "Keep the loading bars and advice of diffusers and transformers off the terminal; downloads still show theirs"
     import diffusers, transformers
@@ -257,6 +258,46 @@ def bar(
     "A progress bar on stderr, in a terminal"
     return lambda items: tqdm.tqdm(items, desc=label, disable=bool(os.environ.get('IN_TEST')) or None)
 
+def caption_limit(
+    cfg:TextConfig # which text encoder
+)->tuple:          # function from captions to numbers of tokens, most that are heard; None and 0 without the encoder
+    "How to count what a recipe's text encoder hears"
+    try: tokenizer = load_text_encoder(cfg)[0]
+    except InputError as e:
+        tell(f'tokens are not counted: {e}')
+        return None, 0
+    return lambda captions: count_tokens(tokenizer, captions), tokenizer.model_max_length
+
+@command('scan', 't2i scan photos', 't2i scan photos.parquet --set data.caption_column=caption',
+         't2i scan photos --recipe my_recipe.yaml --out reports/photos')
+def scan(
+    source:str,            # folder or .parquet file; nothing in it is changed
+    recipe:str='folder',   # whose text encoder counts tokens
+    out:Path=None,         # folder for scan.json and findings.txt; scans/SOURCE if not given
+    set:Overrides=None     # changes to the recipe, e.g. text.encoder=tiny
+)->dict:                   # what was found, in numbers
+    "Look at every picture and caption before training"
+    cfg = apply_overrides(load_config(find_recipe(recipe), RunConfig), set or [])
+    data, out = replace(cfg.data, source=source), Path(out or Path('scans')/Path(source).expanduser().resolve().stem)
+    source_files(data) # refuses a source that does not exist, before anything slow
+    make_folder(out/'scan.json')
+    hush()
+    report = scan_source(data, *caption_limit(cfg.text), bar('pictures'))
+    (out/'scan.json').write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    lines = [f'{name}: {what}' for kind in ('problems', 'notes') for name, what in report[kind].items()]
+    (out/'findings.txt').write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+    for line in lines[:20]: tell(line)
+    if len(lines) > 20: tell(f"and {len(lines) - 20} more in {out/'findings.txt'}")
+    words, side = report['captions'], report['shorter_side']
+    if cfg.data.flip and words['left_or_right']: tell(f"{words['left_or_right']} captions say left or right, and the recipe mirrors "
+                                                      "half of the pictures; use --set data.flip=false in training")
+    return {'pictures to train on': report['pictures'], 'left out': len(report['problems']), 'converted or without caption': len(report['notes']),
+            'exact duplicates': sum(len(g) - 1 for g in report['exact_duplicates']), 'near duplicates': len(report['near_duplicates']),
+            'shorter side': f"{side['least']:g} to {side['most']:g} pixels, median {side['median']:g}" if side else '',
+            'captions': f"{words['given']}, {words['different']} different", 'captions too long': len(words['too_long']),
+            'fingerprint': report['fingerprint'], 'report': out/'scan.json'}
+
+# %% ../nbs/09_cli.ipynb #3bdb2e45
 def grid_prompts(
     cfg:RunConfig, # the recipe
     n:int=8        # at most so many
@@ -274,7 +315,7 @@ def prepare(
     "Load the frozen models, and encode whatever is not in the cache yet"
     hush()
     models, device = load_components(cfg), choose_precision(cfg.train)[0]
-    return models, *(prepare_data(cfg, models, split, Path(run_dir)/'cache', device, bar(f'{split} latents'))
+    return models, *(prepare_data(cfg, models, split, Path(run_dir)/'cache', device, bar(f'{split} latents'), tell)
                      for split in ('train', 'validation'))
 
 # %% ../nbs/09_cli.ipynb #77263399
@@ -484,7 +525,7 @@ def all_pixels(
     cfg:DataConfig # which pictures
 )->Tensor:         # uint8 (n, 3, size, size)
     "The training pictures, in memory"
-    dataset = load_dataset(cfg)
+    dataset = load_usable(cfg, log=tell)
     parts = [dataset.batch(range(i, min(i + 256, len(dataset)))) for i in bar('pictures')(range(0, len(dataset), 256))]
     return torch.cat([((p + 1)*127.5).round().to(torch.uint8) for p in parts])
 

@@ -4,16 +4,24 @@
 
 # %% auto #0
 __all__ = ['torch', 'parquet', 'COLOURS', 'CENTRES', 'BACKGROUNDS', 'RADII', 'ATTRIBUTES', 'WORDS', 'SPLITS', 'IMAGE_SUFFIXES',
-           'petal_outline', 'draw_flower', 'caption_flower', 'held_out_triples', 'random_attributes', 'open_image',
-           'image_to_tensor', 'DataConfig', 'ImageCaptionDataset', 'check_split', 'toy_flowers', 'read_table',
-           'folder_source', 'parquet_source', 'load_dataset']
+           'MAX_PIXELS', 'MAX_BITS', 'MAX_GREY', 'petal_outline', 'draw_flower', 'caption_flower', 'held_out_triples',
+           'random_attributes', 'open_image', 'image_to_tensor', 'DataConfig', 'ImageCaptionDataset', 'check_split',
+           'toy_flowers', 'read_table', 'folder_source', 'parquet_source', 'load_dataset', 'picture_findings',
+           'in_threads', 'raw', 'leave_out_damaged', 'load_usable', 'difference_hash', 'near_duplicates',
+           'source_files', 'spread', 'colour_moments', 'scan']
 
 # %% ../nbs/00_data.ipynb #b0cd73bd
 import csv
+import hashlib
 import io
+import itertools
 import json
 import math
+import os
 import random
+import re
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -308,3 +316,183 @@ def load_dataset(
     order = keyed_rng(cfg.seed, 'split').sample(range(len(data)), len(data))
     n = max(1, round(len(data)*cfg.validation_fraction)) if cfg.validation_fraction and len(data) > 1 else 0
     return data.subset(sorted(order[n:] if split == 'train' else order[:n]))
+
+# %% ../nbs/00_data.ipynb #34ce8f12
+MAX_PIXELS = 100_000_000 # a small file that unpacks to more is a decompression bomb
+
+def picture_findings(
+    data:bytes # an encoded picture
+)->tuple:      # the problem or '', notes, the whole picture in RGB or None
+    "Decode a picture to its end, and say what stands in the way"
+    if not data: return 'empty file', [], None
+    try: image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError: return f'more than {MAX_PIXELS:,} pixels', [], None
+    except (OSError, SyntaxError, ValueError): return 'not a picture', [], None
+    if image.width*image.height > MAX_PIXELS: return f'more than {MAX_PIXELS:,} pixels', [], None
+    try:
+        notes = {'CMYK': image.mode == 'CMYK', '16 bit': image.mode.startswith('I'),
+                 'transparent': image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info,
+                 'turned by EXIF': image.getexif().get(274, 1) != 1,
+                 'animated, first frame used': getattr(image, 'n_frames', 1) > 1}
+        return '', [note for note, there in notes.items() if there], open_image(image)
+    except (OSError, SyntaxError, ValueError, EOFError): return 'truncated', [], None
+
+def in_threads(
+    look,          # function of a number
+    n:int,         # numbers from 0 up to this
+    progress=iter  # wraps them, e.g. tqdm
+):                 # yields the results in order
+    "Decode several pictures at a time"
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter('ignore') # Pillow warns of large pictures, and of broken EXIF
+        for _, result in zip(progress(range(n)), pool.map(look, range(n))): yield result
+
+# %% ../nbs/00_data.ipynb #ae735d16
+def raw(
+    source # path, file object or PIL image
+)->tuple:  # what tells whether it has changed, function that returns the encoded bytes
+    "How to know, and how to read, an encoded picture"
+    if isinstance(source, Path):
+        stat = source.stat()
+        return f'{source} {stat.st_size} {stat.st_mtime_ns}', source.read_bytes
+    data = source.getvalue()
+    return hashlib.blake2b(data, digest_size=16).hexdigest(), lambda: data
+
+def leave_out_damaged(
+    dataset:ImageCaptionDataset, # of any source
+    memo=None,                   # JSON file that remembers what was found; None forgets
+    progress=iter                # wraps the pictures, e.g. tqdm
+)->tuple:                        # the pictures that can be used, problem by name
+    "The pictures that decode to their end"
+    if dataset.names is None: return dataset, {} # drawn, not read
+    known = json.loads(Path(memo).read_text()) if memo and Path(memo).is_file() else {}
+    def check(i):
+        key, read = raw(dataset.image(i))
+        return key, known[key] if key in known else picture_findings(read())[0]
+    found = list(in_threads(check, len(dataset), progress))
+    if memo and not known.keys() >= dict(found).keys():
+        Path(memo).parent.mkdir(parents=True, exist_ok=True)
+        Path(f'{memo}.tmp').write_text(json.dumps(known | dict(found), indent=1)); os.replace(f'{memo}.tmp', memo)
+    problems = {name: problem for name, (_, problem) in zip(dataset.names, found) if problem}
+    if problems and len(problems) == len(dataset):
+        name, problem = next(iter(problems.items()))
+        raise InputError(f"none of the {len(dataset)} pictures can be read; the first, {name}: {problem}")
+    return dataset.subset([i for i, (_, problem) in enumerate(found) if not problem]), problems
+
+def load_usable(
+    cfg:DataConfig,         # which source, and how to crop it
+    split:str='train',      # as for `load_dataset`
+    memo=None,              # as for `leave_out_damaged`
+    log=lambda text: None,  # told, in a sentence, what is left out
+    progress=iter           # wraps the pictures, e.g. tqdm
+)->ImageCaptionDataset:
+    "What `load_dataset` finds, without damaged pictures"
+    dataset = load_dataset(cfg, split)
+    kept, problems = leave_out_damaged(dataset, memo, progress)
+    some = ', '.join(f'{Path(name).name} ({problem})' for name, problem in list(problems.items())[:3])
+    if problems: log(f"{len(problems)} of {len(dataset)} {split} pictures are left out: {some}{', …'*(len(problems) > 3)}; "
+                     f"`t2i scan {cfg.source}` names all")
+    return kept
+
+# %% ../nbs/00_data.ipynb #1d0d180b
+MAX_BITS, MAX_GREY = 3, 8 # two pictures are near duplicates up to so many bits, and grey levels of their mean colours
+
+def difference_hash(
+    image:Image.Image # RGB
+)->int:               # 64 bits
+    "Where a thumbnail gets brighter from left to right, by more than four grey levels: flat places would follow the noise"
+    small = np.asarray(image.convert('L').resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    return int.from_bytes(np.packbits(small[:, 1:] - small[:, :-1] > 4).tobytes(), 'big')
+
+def near_duplicates(
+    hashes:list[int], # one per picture
+    colours           # their mean colours (n, 3) in [0, 255]
+)->list[tuple]:       # pairs of positions, the smaller first
+    "Pictures that look like the same one"
+    pairs = set()
+    for shift in range(0, 64, 16):
+        shelves = {}
+        for i, h in enumerate(hashes): shelves.setdefault(h >> shift & 0xffff, []).append(i)
+        for shelf in shelves.values():
+            pairs |= {(i, j) for n, i in enumerate(shelf) for j in shelf[n + 1:]
+                      if (hashes[i] ^ hashes[j]).bit_count() <= MAX_BITS and np.abs(colours[i] - colours[j]).max() < MAX_GREY}
+    return sorted(pairs)
+
+# %% ../nbs/00_data.ipynb #bf3ca188
+def source_files(
+    cfg:DataConfig # a folder or a parquet file
+)->tuple:          # names, paths or bytes, captions; captions without a picture
+    "Everything a source holds, good or bad, without decoding any of it"
+    path = Path(cfg.source).expanduser()
+    if path.suffix == '.parquet' and path.is_file():
+        images, captions = parquet_source(path, cfg)
+        return [f'{path.name} row {i}' for i in range(len(captions))], [io.BytesIO(b or b'') for b in images], captions, []
+    if not path.is_dir(): raise InputError(f"there is no folder or .parquet file '{cfg.source}'; name one that exists")
+    tables = [path/f for f in ('metadata.jsonl', 'metadata.csv') if (path/f).is_file()]
+    if tables:
+        rows = read_table(tables[0], cfg.caption_column)
+        here, gone = ([r for r in rows if (path/r[0]).is_file() == there] for there in (True, False))
+        files, captions, lonely = [path/name for name, _ in here], [caption for _, caption in here], [name for name, _ in gone]
+    else:
+        files, captions = folder_source(path, cfg)
+        texts = {p.with_suffix('.txt') for p in files}
+        lonely = [p.relative_to(path).as_posix() for p in sorted(path.rglob('*.txt')) if p not in texts]
+    if not files: raise InputError(f"{path} holds no pictures; supported are {', '.join(IMAGE_SUFFIXES)}")
+    return [p.relative_to(path).as_posix() for p in files], files, captions, lonely
+
+# %% ../nbs/00_data.ipynb #f21dd978
+def spread(
+    values # numbers
+)->dict:   # least, median and most
+    "Three numbers instead of many"
+    return dict(zip(('least', 'median', 'most'), np.quantile(values, (0, .5, 1)).round(3).tolist())) if len(values) else {}
+
+def colour_moments(
+    pixels # (n, 3) in [0, 255]
+)->dict:   # mean and standard deviation in [0, 1], and skewness, of each channel
+    "The first three moments of the colours"
+    x = pixels/255
+    mean, std = x.mean(0), x.std(0)
+    skewness = (((x - mean)/np.maximum(std, 1e-9))**3).mean(0)
+    return {name: dict(zip(('red', 'green', 'blue'), m.round(4).tolist()))
+            for name, m in dict(mean=mean, std=std, skewness=skewness).items()}
+
+# %% ../nbs/00_data.ipynb #2d42d568
+def scan(
+    cfg:DataConfig,    # which source
+    count_tokens=None, # function from captions to their numbers of tokens
+    max_tokens:int=0,  # how many of them the text encoder hears
+    progress=iter      # wraps the pictures, e.g. tqdm
+)->dict:               # the report, ready for JSON
+    "Look at every picture and every caption once"
+    names, sources, captions, lonely = source_files(cfg)
+    problems, notes, digest = {name: 'caption without a picture' for name in lonely}, {}, hashlib.blake2b(digest_size=16)
+    used, sizes, hashes, pixels, same = [], [], [], [], {}
+    def look(i):
+        data = raw(sources[i])[1]()
+        mark, (problem, remarks, image) = hashlib.blake2b(data).digest(), picture_findings(data)
+        if problem: return mark, problem, remarks, None
+        small = np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float64).reshape(-1, 3)
+        whole = hashlib.blake2b(image.tobytes() + str(image.size).encode(), digest_size=16).digest()
+        return mark, problem, remarks, (image.size, whole, difference_hash(image), small)
+    for i, (mark, problem, remarks, seen) in enumerate(in_threads(look, len(names), progress)):
+        digest.update(json.dumps([names[i], captions[i]]).encode() + mark)
+        if problem: problems[names[i]] = problem; continue
+        if not captions[i] and any(captions): remarks.append('no caption')
+        if remarks: notes[names[i]] = ', '.join(remarks)
+        size, whole, hashed, small = seen
+        used.append(i); sizes.append(size); hashes.append(hashed); pixels.append(small)
+        same.setdefault(whole, []).append(names[i])
+    said = [captions[i] for i in used if captions[i]]
+    tokens = count_tokens(said) if count_tokens and said else []
+    twins = {frozenset(g) for group in same.values() for g in itertools.combinations(group, 2)}
+    near = [(names[used[i]], names[used[j]]) for i, j in near_duplicates(hashes, [p.mean(0) for p in pixels])]
+    return dict(
+        source=str(cfg.source), fingerprint=digest.hexdigest(), pictures=len(used), problems=problems, notes=notes,
+        exact_duplicates=[g for g in same.values() if len(g) > 1],
+        near_duplicates=[pair for pair in near if frozenset(pair) not in twins],
+        shorter_side=spread([min(s) for s in sizes]), width_to_height=spread([w/h for w, h in sizes]),
+        colours=colour_moments(np.concatenate(pixels)) if pixels else {},
+        captions=dict(given=len(said), different=len(set(said)), tokens=spread(tokens), limit=max_tokens,
+                      too_long=[c for c, n in zip(said, tokens) if n > max_tokens > 0],
+                      left_or_right=sum(bool(re.search(r'\b(left|right)\b', c.lower())) for c in said)))

@@ -35,7 +35,7 @@ import numpy as np
 from .core import (InputError, Tensor, best_device, from_dict, keyed_generator, keyed_rng, keyed_seed, lazy,
                          load_config, nearest, pretrained_dir, show_images, to_dict)
 from .data import (ATTRIBUTES, DataConfig, caption_flower, draw_flower, held_out_triples, image_to_tensor,
-                         load_dataset, random_attributes)
+                         load_usable, random_attributes)
 from .train import RunConfig, read_metrics
 from .vae import decode_latents, encode_images, load_vae, round_trip
 
@@ -755,13 +755,14 @@ def unseen_pictures(
     cfg:DataConfig, # what a run was trained on
     data:str='',    # photographs: another source to compare with; '' takes the validation split
     n:int=256,      # how many pictures
-    seed:int=1      # keys the drawings, or the choice of photographs
+    seed:int=1,     # keys the drawings, or the choice of photographs
+    memo=None       # file that remembers which photographs are damaged
 )->tuple:           # dataset or None, pictures (n, 3, h, w), attributes or None
     "Real pictures that the run did not train on"
     if cfg.source == 'toy_flowers':
         attributes, real = fresh_drawings(n, True, seed, cfg.size)
         return None, real, attributes
-    dataset = load_dataset(replace(cfg, source=data), 'test') if data else load_dataset(cfg, 'validation')
+    dataset = load_usable(replace(cfg, source=data), 'test', memo) if data else load_usable(cfg, 'validation', memo)
     chosen = keyed_rng(seed, 'unseen').sample(range(len(dataset)), min(n, len(dataset)))
     return dataset, dataset.batch(chosen), None
 
@@ -786,11 +787,12 @@ def evaluate(
     how = dict(num_inference_steps=num_inference_steps or s.num_inference_steps, sampler=sampler or s.sampler,
                guidance_scale=s.guidance_scale if guidance_scale is None else guidance_scale)
     features = features or ('reader' if toy else 'efficientnet-lite0' if find_spec('efficientnet_lite_pytorch') else '')
-    dataset, real, attributes = unseen_pictures(cfg.data, data, max(n_images, 256), seed + 1)
+    memo = Path(run_dir)/'cache'/'damaged.json'
+    dataset, real, attributes = unseen_pictures(cfg.data, data, max(n_images, 256), seed + 1, memo)
     vae, instrument = load_vae(cfg.vae, cfg.data.size), find_reader(reader) if toy else None
     result = evaluate_generator(
         lambda prompts, seeds: sample(pipeline, prompts, seeds, **how), n_images, dataset,
-        load_dataset(cfg.data) if n_training else None, n_training, reader, features, n_open, seed,
+        load_usable(cfg.data, memo=memo) if n_training else None, n_training, reader, features, n_open, seed,
         real if toy else None, validation_loss=last_validation(read_metrics(run_dir)),
         vae=vae_report(vae, real, attributes, instrument) if vae else {}, device=describe_device(device), **how)
     save_evaluation(result, run_dir)

@@ -26,7 +26,7 @@ from pathlib import Path
 from .captions import TextConfig, build_text_cache, load_text_encoder
 from .core import (InputError, Tensor, best_device, keyed_generator, keyed_seed, lazy, load_config, nearest,
                          pretrained_dir, save_config, to_dict)
-from .data import DataConfig, load_dataset
+from .data import DataConfig, load_usable
 from .unet import Objective, ObjectiveConfig, UNetConfig, build_unet, check_objective, unet_keys
 from .vae import VAEConfig, build_latent_cache, check_size, fingerprint, load_vae, warm_decay
 
@@ -158,10 +158,11 @@ def prepare_data(
     split:str='train',     # which part of the data
     cache=None,            # folder for latents and token states; None keeps them in memory
     device:str='cpu',      # where to encode
-    progress=iter          # wraps the batches of pictures, e.g. tqdm
+    progress=iter,         # wraps the batches of pictures, e.g. tqdm
+    log=lambda text: None  # told, in a sentence, which pictures are damaged and left out
 )->TrainingData:
     "Encode pictures and captions once"
-    dataset = load_dataset(cfg.data, split)
+    dataset = load_usable(cfg.data, split, cache and Path(cache)/'damaged.json', log)
     if models.vae is not None: check_size(models.vae, cfg.data.size)
     latents = build_latent_cache(dataset, models.vae, cache, device, progress)
     words = Path(cache)/f'text-{fingerprint(cfg.text, dataset.captions)}' if cache else None # one for each split
@@ -525,8 +526,8 @@ def train(
     device, dtype, reason = choose_precision(t)
     log(f'{device}, {reason}')
     models = models or load_components(cfg)
-    data = data or prepare_data(cfg, models, 'train', run_dir/'cache', device)
-    held = held or prepare_data(cfg, models, 'validation', run_dir/'cache', device)
+    data = data or prepare_data(cfg, models, 'train', run_dir/'cache', device, log=log)
+    held = held or prepare_data(cfg, models, 'validation', run_dir/'cache', device, log=log)
     objective, shape = Objective(cfg.objective), data.mean.shape
     unet = build_unet(cfg.unet, shape[-1], shape[1], data.states.shape[-1], keyed_seed(t.seed, 'weights'))
     optimizer = torch.optim.AdamW(unet.to(device).train().parameters(), lr=t.lr, betas=t.betas,

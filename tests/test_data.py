@@ -1,0 +1,88 @@
+"A folder as found in the wild: the good pictures are trained on, the damaged ones named, and nothing is changed."
+import io, json
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from safetensors import safe_open
+from t2i_nb.cli import main
+from t2i_nb.data import DataConfig, load_dataset, load_usable, toy_flowers
+
+def encode(image, format='PNG', **kwargs):
+    out = io.BytesIO()
+    image.save(out, format, **kwargs)
+    return out.getvalue()
+
+def damage(image):
+    "What has to be left out: kind -> suffix, bytes"
+    jpeg, png = encode(image, 'JPEG'), encode(image)
+    return {'empty file': ('.jpg', b''), 'not a picture': ('.jpg', b'Dear all,'), 'truncated': ('.jpg', jpeg[:-200]),
+            'truncated ': ('.png', png[:len(png)//2]), 'not a picture ': ('.png', png[:20]),
+            'more than 100,000,000 pixels': ('.png', encode(Image.new('1', (12_000, 12_000))))}
+
+def oddities(image):
+    "What has to be converted: kind -> suffix, bytes"
+    turn = Image.Exif()
+    turn[274] = 6
+    return {'CMYK': ('.jpg', encode(image.convert('CMYK'), 'JPEG')), '16 bit': ('.png', encode(Image.fromarray(np.full((64, 64), 40_000, np.uint16)))),
+            'transparent': ('.png', encode(image.convert('RGBA'))), 'turned by EXIF': ('.jpg', encode(image, 'JPEG', exif=turn)),
+            'animated, first frame used': ('.gif', encode(image, 'GIF', save_all=True, append_images=[image.rotate(90)]))}
+
+def test_hundred_good_and_thirty_damaged(tmp_path, capsys):
+    flowers, photos = toy_flowers(DataConfig(n_images=130)), tmp_path/'photos'
+    photos.mkdir()
+    for i in range(100):
+        flowers.image(i).save(photos/f'good{i:03}.png')
+        (photos/f'good{i:03}.txt').write_text(flowers.captions[i])
+    wrong, odd = {}, {}
+    for i in range(15): # five of six kinds three times, a lonely caption three times ...
+        kind, (suffix, data) = list(damage(flowers.image(100 + i)).items())[i % 5 if i < 12 else 5]
+        (photos/f'bad{i:02}{suffix}').write_bytes(data)
+        wrong[f'bad{i:02}{suffix}'] = kind.strip()
+    for i in range(3):
+        (photos/f'lonely{i}.txt').write_text('a flower that nobody photographed')
+        wrong[f'lonely{i}.txt'] = 'caption without a picture'
+    for i in range(12): # ... and twelve that are converted: thirty files of twelve kinds
+        kind, (suffix, data) = list(oddities(flowers.image(115 + i)).items())[i % 5]
+        (photos/f'odd{i:02}{suffix}').write_bytes(data)
+        odd[f'odd{i:02}{suffix}'] = f'{kind}, no caption'
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in photos.iterdir()}
+
+    assert main(['scan', str(photos), '--out', str(tmp_path/'report'), '--set', 'text.encoder=tiny', 'text.max_length=0']) == 0
+    report = json.loads((tmp_path/'report'/'scan.json').read_text(encoding='utf-8'))
+    assert report['problems'] == wrong and report['notes'] == odd and report['pictures'] == 112
+    assert len(wrong | odd) == 30 and len({*wrong.values(), *odd.values()}) == 10 # JPEG and PNG break alike, in two kinds
+    findings = (tmp_path/'report'/'findings.txt').read_text(encoding='utf-8').splitlines()
+    assert sorted(findings) == sorted(f'{name}: {what}' for name, what in (wrong | odd).items())
+
+    capsys.readouterr()
+    small = ['vae.name=tiny', 'text.encoder=tiny', 'text.max_length=0', 'data.size=64', 'unet.width=16', 'unet.overrides={}',
+             'unet.attention_size=4', 'train.n_images=16', 'train.global_batch=8', 'train.validation_images=16',
+             'sample.num_inference_steps=2', f'data.source={photos}']
+    assert main(['train', 'folder', '--run-dir', str(tmp_path/'run'), '--set', *small]) == 0
+    said = capsys.readouterr().err
+    assert 'train pictures are left out' in said and 'names all' in said
+    counts = []
+    for file in (tmp_path/'run'/'cache').glob('latents-*.safetensors'):
+        with safe_open(file, 'np') as f: counts.append(f.get_slice('mean').get_shape()[0])
+    assert sum(counts) == 112 # training and validation: the hundred, and the twelve that are converted
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in photos.iterdir()} == before
+
+def test_damage_does_not_move_the_split(tmp_path):
+    flowers = toy_flowers(DataConfig(n_images=40))
+    for i in range(40): flowers.image(i).save(tmp_path/f'{i:02}.png')
+    cfg = DataConfig(source=str(tmp_path), validation_fraction=.25)
+    held, trained = ({Path(n).name for n in load_dataset(cfg, split).names} for split in ('validation', 'train'))
+    (tmp_path/'07.png').write_bytes(b'')
+    gone = {'07.png'}
+    assert {Path(n).name for n in load_usable(cfg, 'validation').names} == held - gone
+    assert {Path(n).name for n in load_usable(cfg).names} == trained - gone
+
+def test_memo_follows_a_file_that_changes(tmp_path):
+    flowers = toy_flowers(DataConfig(n_images=4))
+    for i in range(4): flowers.image(i).save(tmp_path/f'{i}.png')
+    whole = (tmp_path/'2.png').read_bytes()
+    (tmp_path/'2.png').write_bytes(whole[:200])
+    cfg, memo = DataConfig(source=str(tmp_path)), tmp_path/'cache'/'damaged.json'
+    assert len(load_usable(cfg, 'test', memo)) == 3
+    (tmp_path/'2.png').write_bytes(whole)
+    assert len(load_usable(cfg, 'test', memo)) == 4
