@@ -190,6 +190,7 @@ class ImageCaptionDataset:
         if cfg.size < 8: raise InputError(f"data.size is {cfg.size}; use at least 8 pixels")
         self.captions, self.image, self.cfg, self.attributes, self.names = captions, image, cfg, attributes, names
         self.keys = range(len(captions)) if keys is None else keys
+        self.fingerprint = '' # of bytes and captions, known once `leave_out_damaged` has read them
     def __len__(self): return len(self.captions)
     def pixel_values(self, i):
         rng = keyed_rng(self.cfg.seed, 'crop', self.keys[i])
@@ -368,16 +369,22 @@ def leave_out_damaged(
     known = json.loads(Path(memo).read_text()) if memo and Path(memo).is_file() else {}
     def check(i):
         key, read = raw(dataset.image(i))
-        return key, known[key] if key in known else picture_findings(read())[0]
+        if key in known: return key, known[key]
+        data = read()
+        return key, (picture_findings(data)[0], hashlib.blake2b(data, digest_size=16).hexdigest())
     found = list(in_threads(check, len(dataset), progress))
     if memo and not known.keys() >= dict(found).keys():
         Path(memo).parent.mkdir(parents=True, exist_ok=True)
         Path(f'{memo}.tmp').write_text(json.dumps(known | dict(found), indent=1)); os.replace(f'{memo}.tmp', memo)
-    problems = {name: problem for name, (_, problem) in zip(dataset.names, found) if problem}
+    problems = {name: problem for name, (_, (problem, _)) in zip(dataset.names, found) if problem}
     if problems and len(problems) == len(dataset):
         name, problem = next(iter(problems.items()))
         raise InputError(f"none of the {len(dataset)} pictures can be read; the first, {name}: {problem}")
-    return dataset.subset([i for i, (_, problem) in enumerate(found) if not problem]), problems
+    marks = {i: mark for i, (_, (problem, mark)) in enumerate(found) if not problem}
+    kept, digest = dataset.subset(list(marks)), hashlib.blake2b(digest_size=16)
+    for caption, mark in zip(kept.captions, marks.values()): digest.update(json.dumps([caption, mark]).encode())
+    kept.fingerprint = digest.hexdigest()
+    return kept, problems
 
 def load_usable(
     cfg:DataConfig,         # which source, and how to crop it

@@ -8,8 +8,8 @@ __all__ = ['np', 'torch', 'tqdm', 'safetensors_torch', 'LR_SCHEDULES', 'SAMPLERS
            'prepare_data', 'picture_order', 'epoch_order', 'make_batch', 'learning_rate', 'update_ema',
            'choose_precision', 'validation_loss', 'flush', 'checksum', 'write_folder', 'optimizer_tensors',
            'save_checkpoint', 'is_valid', 'checkpoint_folders', 'newest_checkpoint', 'load_checkpoint', 'flat',
-           'open_run', 'read_metrics', 'rewind_metrics', 'TrainState', 'micro_loss', 'train_step', 'cpu_pool',
-           'averaged', 'train', 'counters', 'train_loop', 'with_progress']
+           'open_run', 'check_pictures', 'read_metrics', 'rewind_metrics', 'TrainState', 'micro_loss', 'train_step',
+           'cpu_pool', 'averaged', 'train', 'counters', 'train_loop', 'with_progress']
 
 # %% ../nbs/04_train_deepspeed.ipynb #427f24ef
 import copy
@@ -136,6 +136,7 @@ class TrainingData:
     std:Tensor     # deviation of the posterior (n, c, h, w), or zeros
     rows:Tensor    # (n,) row of `states` for each picture's caption
     states:Tensor  # (unique captions + 1, tokens, dim), fp16; row 0 is the null prompt
+    fingerprint:str='' # of the files and captions; '' for drawn pictures, which the recipe determines
     def __len__(self): return len(self.mean)
 
 @dataclass
@@ -168,7 +169,7 @@ def prepare_data(
     words = Path(cache)/f'text-{fingerprint(cfg.text, dataset.captions)}' if cache else None # one for each split
     texts = build_text_cache(dataset.captions, models.tokenizer, models.text_encoder.to(device), words)
     models.text_encoder.to('cpu') # where pipelines expect it
-    return TrainingData(latents['mean'], latents['std'], texts.rows(dataset.captions), texts.states)
+    return TrainingData(latents['mean'], latents['std'], texts.rows(dataset.captions), texts.states, dataset.fingerprint)
 
 # %% ../nbs/04_train_deepspeed.ipynb #adfeddf5
 def picture_order(
@@ -409,6 +410,22 @@ def open_run(
         raise InputError(f"{run_dir} cannot be written ({e.strerror}); choose another --run-dir") from None
     save_config(cfg, run_dir/'config.yaml')
 
+# %% ../nbs/04_train_deepspeed.ipynb #98037420
+def check_pictures(
+    run_dir:Path,     # the run
+    data:TrainingData # what it is about to be trained on
+):
+    "Note which pictures a run begins with, and refuse to go on with others"
+    file, now = Path(run_dir)/'data.json', dict(pictures=len(data), fingerprint=data.fingerprint)
+    then = json.loads(file.read_text()) if file.is_file() else now
+    if then['fingerprint'] != now['fingerprint']:
+        counts = [f"{o['pictures']:,}" for o in (then, now)]
+        what = f'{counts[0]} of them then, {counts[1]} now' if counts[0] != counts[1] else 'a file or a caption is another one'
+        raise InputError(f"the training pictures are not those that {run_dir} began with ({what}); put them back, use another "
+                         f"--run-dir, or delete {file} to go on with these")
+    if data.fingerprint:
+        Path(f'{file}.tmp').write_text(json.dumps(now)); os.replace(f'{file}.tmp', file)
+
 # %% ../nbs/04_train_deepspeed.ipynb #253c73d0
 def read_metrics(
     run_dir:Path # the run
@@ -528,6 +545,7 @@ def train(
     models = models or load_components(cfg)
     data = data or prepare_data(cfg, models, 'train', run_dir/'cache', device, log=log)
     held = held or prepare_data(cfg, models, 'validation', run_dir/'cache', device, log=log)
+    check_pictures(run_dir, data)
     objective, shape = Objective(cfg.objective), data.mean.shape
     unet = build_unet(cfg.unet, shape[-1], shape[1], data.states.shape[-1], keyed_seed(t.seed, 'weights'))
     optimizer = torch.optim.AdamW(unet.to(device).train().parameters(), lr=t.lr, betas=t.betas,

@@ -148,6 +148,20 @@ def test_vae(tmp_path):
     refused("there is no command 'vae trian' (did you mean 'vae train'?); the commands are " + ', '.join(COMMANDS),
             'vae', 'trian', cwd=tmp_path)
 
+def test_vae_files(tmp_path):
+    (tmp_path/'letter.png').write_text('Dear all,')
+    refused("there is no picture 'nowhere.png'; name a file", 'vae', 'encode', 'nowhere.png', cwd=tmp_path)
+    refused('letter.png cannot be read (not a picture); use another picture', 'vae', 'encode', 'letter.png', cwd=tmp_path)
+    refused("there is no file 'a.safetensors'; t2i vae encode writes one", 'vae', 'decode', 'a.safetensors', cwd=tmp_path)
+    refused('letter.png holds no latents; give a file that t2i vae encode wrote', 'vae', 'decode', 'letter.png', '--out', 'a.png',
+            cwd=tmp_path)
+
+def test_scan(tmp_path):
+    (tmp_path/'photos').mkdir()
+    refused("there is no folder or .parquet file 'phots'; name one that exists", 'scan', 'phots', cwd=tmp_path)
+    refused('photos holds no pictures; supported are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff', 'scan', 'photos', cwd=tmp_path)
+    assert not (tmp_path/'scans').exists()
+
 def test_words(tmp_path):
     refused("there is no command 'trian' (did you mean 'train'?); the commands are " + ', '.join(COMMANDS), 'trian', cwd=tmp_path)
     refused("there is no recipe 'dmeo' (did you mean 'demo'?); known are demo, folder, or give the path of a YAML file",

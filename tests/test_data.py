@@ -1,11 +1,14 @@
 "A folder as found in the wild: the good pictures are trained on, the damaged ones named, and nothing is changed."
-import io, json
+import io, json, os
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from safetensors import safe_open
 from t2i_nb.cli import main
 from t2i_nb.data import DataConfig, load_dataset, load_usable, toy_flowers
+
+TINY = ['vae.name=tiny', 'text.encoder=tiny', 'text.max_length=0', 'data.size=64', 'unet.width=16', 'unet.overrides={}',
+        'unet.attention_size=4', 'train.global_batch=8', 'train.validation_images=16', 'sample.num_inference_steps=2']
 
 def encode(image, format='PNG', **kwargs):
     out = io.BytesIO()
@@ -55,10 +58,7 @@ def test_hundred_good_and_thirty_damaged(tmp_path, capsys):
     assert sorted(findings) == sorted(f'{name}: {what}' for name, what in (wrong | odd).items())
 
     capsys.readouterr()
-    small = ['vae.name=tiny', 'text.encoder=tiny', 'text.max_length=0', 'data.size=64', 'unet.width=16', 'unet.overrides={}',
-             'unet.attention_size=4', 'train.n_images=16', 'train.global_batch=8', 'train.validation_images=16',
-             'sample.num_inference_steps=2', f'data.source={photos}']
-    assert main(['train', 'folder', '--run-dir', str(tmp_path/'run'), '--set', *small]) == 0
+    assert main(['train', 'folder', '--run-dir', str(tmp_path/'run'), '--set', *TINY, 'train.n_images=16', f'data.source={photos}']) == 0
     said = capsys.readouterr().err
     assert 'train pictures are left out' in said and 'names all' in said
     counts = []
@@ -86,3 +86,24 @@ def test_memo_follows_a_file_that_changes(tmp_path):
     assert len(load_usable(cfg, 'test', memo)) == 3
     (tmp_path/'2.png').write_bytes(whole)
     assert len(load_usable(cfg, 'test', memo)) == 4
+
+def test_resume_on_changed_pictures_asks(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flowers, photos = toy_flowers(DataConfig(n_images=24)), tmp_path/'photos'
+    photos.mkdir()
+    for i in range(24):
+        flowers.image(i).save(photos/f'{i:02}.png')
+        (photos/f'{i:02}.txt').write_text(flowers.captions[i])
+    def train():
+        code = main(['train', 'folder', '--run-dir', 'run', '--set', *TINY, 'data.source=photos', 'train.n_images=16'])
+        return code, capsys.readouterr().err.splitlines()[-1]
+    assert train()[0] == 0
+    for p in photos.iterdir(): os.utime(p) # a copy on another machine has other times
+    assert train()[0] == 0
+    caption = photos/sorted(Path(n).name for n in load_dataset(DataConfig(source='photos')).names)[0].replace('.png', '.txt')
+    caption.write_text('a flower by another name')
+    code, said = train()
+    assert code == 2 and said == ('t2i: the training pictures are not those that run began with (a file or a caption is another one); '
+                                  f"put them back, use another --run-dir, or delete {Path('run')/'data.json'} to go on with these")
+    (tmp_path/'run'/'data.json').unlink()
+    assert train()[0] == 0
