@@ -138,6 +138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              't2i_nb.data.picture_findings': ('data.html#picture_findings', 't2i_nb/data.py'),
                              't2i_nb.data.random_attributes': ('data.html#random_attributes', 't2i_nb/data.py'),
                              't2i_nb.data.raw': ('data.html#raw', 't2i_nb/data.py'),
+                             't2i_nb.data.raw_moments': ('data.html#raw_moments', 't2i_nb/data.py'),
                              't2i_nb.data.read_table': ('data.html#read_table', 't2i_nb/data.py'),
                              't2i_nb.data.scan': ('data.html#scan', 't2i_nb/data.py'),
                              't2i_nb.data.source_files': ('data.html#source_files', 't2i_nb/data.py'),

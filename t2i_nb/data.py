@@ -8,7 +8,7 @@ __all__ = ['torch', 'parquet', 'COLOURS', 'CENTRES', 'BACKGROUNDS', 'RADII', 'AT
            'random_attributes', 'open_image', 'image_to_tensor', 'DataConfig', 'ImageCaptionDataset', 'check_split',
            'toy_flowers', 'read_table', 'folder_source', 'parquet_source', 'load_dataset', 'picture_findings',
            'in_threads', 'raw', 'leave_out_damaged', 'load_usable', 'difference_hash', 'near_duplicates',
-           'source_files', 'spread', 'colour_moments', 'scan']
+           'source_files', 'spread', 'raw_moments', 'colour_moments', 'scan']
 
 # %% ../nbs/00_data.ipynb #b0cd73bd
 import csv
@@ -454,13 +454,19 @@ def spread(
     "Three numbers instead of many"
     return dict(zip(('least', 'median', 'most'), np.quantile(values, (0, .5, 1)).round(3).tolist())) if len(values) else {}
 
+def raw_moments(
+    image:Image.Image # RGB
+)->np.ndarray:        # (3, 3): means of x, x^2 and x^3 of each channel, in [0, 1]
+    "All that a picture adds to the moments of a data set"
+    x = np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float64).reshape(-1, 3)/255
+    return np.stack([(x**k).mean(0) for k in (1, 2, 3)])
+
 def colour_moments(
-    pixels # (n, 3) in [0, 255]
-)->dict:   # mean and standard deviation in [0, 1], and skewness, of each channel
+    raw  # (3, 3), a mean of `raw_moments`
+)->dict: # mean and standard deviation in [0, 1], and skewness, of each channel
     "The first three moments of the colours"
-    x = pixels/255
-    mean, std = x.mean(0), x.std(0)
-    skewness = (((x - mean)/np.maximum(std, 1e-9))**3).mean(0)
+    mean, std = raw[0], np.sqrt(np.maximum(raw[1] - raw[0]**2, 0))
+    skewness = (raw[2] - 3*mean*raw[1] + 2*mean**3)/np.maximum(std, 1e-6)**3
     return {name: dict(zip(('red', 'green', 'blue'), m.round(4).tolist()))
             for name, m in dict(mean=mean, std=std, skewness=skewness).items()}
 
@@ -474,32 +480,31 @@ def scan(
     "Look at every picture and every caption once"
     names, sources, captions, lonely = source_files(cfg)
     problems, notes, digest = {name: 'caption without a picture' for name in lonely}, {}, hashlib.blake2b(digest_size=16)
-    used, sizes, hashes, pixels, same = [], [], [], [], {}
+    used, sizes, hashes, colours, same = [], [], [], [], {}
     def look(i):
         data = raw(sources[i])[1]()
         mark, (problem, remarks, image) = hashlib.blake2b(data).digest(), picture_findings(data)
         if problem: return mark, problem, remarks, None
-        small = np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float64).reshape(-1, 3)
         whole = hashlib.blake2b(image.tobytes() + str(image.size).encode(), digest_size=16).digest()
-        return mark, problem, remarks, (image.size, whole, difference_hash(image), small)
+        return mark, problem, remarks, (image.size, whole, difference_hash(image), raw_moments(image))
     for i, (mark, problem, remarks, seen) in enumerate(in_threads(look, len(names), progress)):
         digest.update(json.dumps([names[i], captions[i]]).encode() + mark)
         if problem: problems[names[i]] = problem; continue
         if not captions[i] and any(captions): remarks.append('no caption')
         if remarks: notes[names[i]] = ', '.join(remarks)
-        size, whole, hashed, small = seen
-        used.append(i); sizes.append(size); hashes.append(hashed); pixels.append(small)
+        size, whole, hashed, moments = seen
+        used.append(i); sizes.append(size); hashes.append(hashed); colours.append(moments)
         same.setdefault(whole, []).append(names[i])
     said = [captions[i] for i in used if captions[i]]
     tokens = count_tokens(said) if count_tokens and said else []
     twins = {frozenset(g) for group in same.values() for g in itertools.combinations(group, 2)}
-    near = [(names[used[i]], names[used[j]]) for i, j in near_duplicates(hashes, [p.mean(0) for p in pixels])]
+    near = [(names[used[i]], names[used[j]]) for i, j in near_duplicates(hashes, [255*m[0] for m in colours])]
     return dict(
         source=str(cfg.source), fingerprint=digest.hexdigest(), pictures=len(used), problems=problems, notes=notes,
         exact_duplicates=[g for g in same.values() if len(g) > 1],
         near_duplicates=[pair for pair in near if frozenset(pair) not in twins],
         shorter_side=spread([min(s) for s in sizes]), width_to_height=spread([w/h for w, h in sizes]),
-        colours=colour_moments(np.concatenate(pixels)) if pixels else {},
+        colours=colour_moments(np.mean(colours, 0)) if colours else {},
         captions=dict(given=len(said), different=len(set(said)), tokens=spread(tokens), limit=max_tokens,
                       too_long=[c for c, n in zip(said, tokens) if n > max_tokens > 0],
                       left_or_right=sum(bool(re.search(r'\b(left|right)\b', c.lower())) for c in said)))
