@@ -122,6 +122,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              't2i_nb.data.caption_flower': ('data.html#caption_flower', 't2i_nb/data.py'),
                              't2i_nb.data.check_split': ('data.html#check_split', 't2i_nb/data.py'),
                              't2i_nb.data.colour_moments': ('data.html#colour_moments', 't2i_nb/data.py'),
+                             't2i_nb.data.content_digest': ('data.html#content_digest', 't2i_nb/data.py'),
                              't2i_nb.data.difference_hash': ('data.html#difference_hash', 't2i_nb/data.py'),
                              't2i_nb.data.draw_flower': ('data.html#draw_flower', 't2i_nb/data.py'),
                              't2i_nb.data.folder_source': ('data.html#folder_source', 't2i_nb/data.py'),

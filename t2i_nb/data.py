@@ -7,14 +7,13 @@ __all__ = ['torch', 'parquet', 'COLOURS', 'CENTRES', 'BACKGROUNDS', 'RADII', 'AT
            'MAX_PIXELS', 'MAX_BITS', 'MAX_GREY', 'petal_outline', 'draw_flower', 'caption_flower', 'held_out_triples',
            'random_attributes', 'open_image', 'image_to_tensor', 'DataConfig', 'ImageCaptionDataset', 'check_split',
            'toy_flowers', 'read_table', 'folder_source', 'parquet_source', 'load_dataset', 'picture_findings',
-           'in_threads', 'raw', 'leave_out_damaged', 'load_usable', 'difference_hash', 'near_duplicates',
-           'source_files', 'spread', 'raw_moments', 'colour_moments', 'scan']
+           'in_threads', 'content_digest', 'raw', 'leave_out_damaged', 'load_usable', 'difference_hash',
+           'near_duplicates', 'source_files', 'spread', 'raw_moments', 'colour_moments', 'scan']
 
 # %% ../nbs/00_data.ipynb #b0cd73bd
 import csv
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -322,13 +321,14 @@ def load_dataset(
 MAX_PIXELS = 100_000_000 # a small file that unpacks to more is a decompression bomb
 
 def picture_findings(
-    data:bytes # an encoded picture
-)->tuple:      # the problem or '', notes, the whole picture in RGB or None
+    data # bytes of an encoded picture; None if they could not be had
+)->tuple: # the problem or '', notes, the whole picture in RGB or None
     "Decode a picture to its end, and say what stands in the way"
+    if data is None: return 'cannot be opened', [], None
     if not data: return 'empty file', [], None
     try: image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError: return f'more than {MAX_PIXELS:,} pixels', [], None
-    except (OSError, SyntaxError, ValueError): return 'not a picture', [], None
+    except Exception: return 'not a picture', [], None # Pillow's readers raise whatever a broken file leads them to
     if image.width*image.height > MAX_PIXELS: return f'more than {MAX_PIXELS:,} pixels', [], None
     try:
         notes = {'CMYK': image.mode == 'CMYK', '16 bit': image.mode.startswith('I'),
@@ -336,7 +336,7 @@ def picture_findings(
                  'turned by EXIF': image.getexif().get(274, 1) != 1,
                  'animated, first frame used': getattr(image, 'n_frames', 1) > 1}
         return '', [note for note, there in notes.items() if there], open_image(image)
-    except (OSError, SyntaxError, ValueError, EOFError): return 'truncated', [], None
+    except Exception: return 'truncated or damaged', [], None
 
 def in_threads(
     look,          # function of a number
@@ -349,15 +349,23 @@ def in_threads(
         for _, result in zip(progress(range(n)), pool.map(look, range(n))): yield result
 
 # %% ../nbs/00_data.ipynb #ae735d16
+def content_digest(
+    data # bytes, or None
+)->str:  # hexadecimal
+    "The same for the same bytes, wherever they lie"
+    return hashlib.blake2b(data or b'', digest_size=16).hexdigest()
+
 def raw(
     source # path, file object or PIL image
-)->tuple:  # what tells whether it has changed, function that returns the encoded bytes
+)->tuple:  # what tells whether it has changed, function that returns the encoded bytes, or None
     "How to know, and how to read, an encoded picture"
-    if isinstance(source, Path):
-        stat = source.stat()
-        return f'{source} {stat.st_size} {stat.st_mtime_ns}', source.read_bytes
-    data = source.getvalue()
-    return hashlib.blake2b(data, digest_size=16).hexdigest(), lambda: data
+    if not isinstance(source, Path): return content_digest(source.getvalue()), source.getvalue
+    try: stat = source.stat()
+    except OSError: return f'{source} is not there', lambda: None # a link to nowhere
+    def read():
+        try: return source.read_bytes()
+        except OSError: return None
+    return f'{source} {stat.st_size} {stat.st_mtime_ns}', read
 
 def leave_out_damaged(
     dataset:ImageCaptionDataset, # of any source
@@ -371,7 +379,7 @@ def leave_out_damaged(
         key, read = raw(dataset.image(i))
         if key in known: return key, known[key]
         data = read()
-        return key, (picture_findings(data)[0], hashlib.blake2b(data, digest_size=16).hexdigest())
+        return key, (picture_findings(data)[0], content_digest(data))
     found = list(in_threads(check, len(dataset), progress))
     if memo and not known.keys() >= dict(found).keys():
         Path(memo).parent.mkdir(parents=True, exist_ok=True)
@@ -480,29 +488,28 @@ def scan(
     "Look at every picture and every caption once"
     names, sources, captions, lonely = source_files(cfg)
     problems, notes, digest = {name: 'caption without a picture' for name in lonely}, {}, hashlib.blake2b(digest_size=16)
-    used, sizes, hashes, colours, same = [], [], [], [], {}
+    sizes, colours, said, same, hashes = [], [], [], {}, {}
     def look(i):
         data = raw(sources[i])[1]()
-        mark, (problem, remarks, image) = hashlib.blake2b(data).digest(), picture_findings(data)
+        mark, (problem, remarks, image) = content_digest(data), picture_findings(data)
         if problem: return mark, problem, remarks, None
-        whole = hashlib.blake2b(image.tobytes() + str(image.size).encode(), digest_size=16).digest()
+        whole = content_digest(image.tobytes() + str(image.size).encode())
         return mark, problem, remarks, (image.size, whole, difference_hash(image), raw_moments(image))
     for i, (mark, problem, remarks, seen) in enumerate(in_threads(look, len(names), progress)):
-        digest.update(json.dumps([names[i], captions[i]]).encode() + mark)
+        digest.update(json.dumps([names[i], captions[i], mark]).encode())
         if problem: problems[names[i]] = problem; continue
         if not captions[i] and any(captions): remarks.append('no caption')
         if remarks: notes[names[i]] = ', '.join(remarks)
         size, whole, hashed, moments = seen
-        used.append(i); sizes.append(size); hashes.append(hashed); colours.append(moments)
+        sizes.append(size); colours.append(moments); said += [captions[i]]*bool(captions[i])
         same.setdefault(whole, []).append(names[i])
-    said = [captions[i] for i in used if captions[i]]
+        hashes.setdefault(whole, (names[i], hashed, 255*moments[0])) # of equal pictures, the first
     tokens = count_tokens(said) if count_tokens and said else []
-    twins = {frozenset(g) for group in same.values() for g in itertools.combinations(group, 2)}
-    near = [(names[used[i]], names[used[j]]) for i, j in near_duplicates(hashes, [255*m[0] for m in colours])]
+    different, bits, means = zip(*hashes.values()) if hashes else ((), (), ())
     return dict(
-        source=str(cfg.source), fingerprint=digest.hexdigest(), pictures=len(used), problems=problems, notes=notes,
+        source=str(cfg.source), fingerprint=digest.hexdigest(), pictures=len(sizes), problems=problems, notes=notes,
         exact_duplicates=[g for g in same.values() if len(g) > 1],
-        near_duplicates=[pair for pair in near if frozenset(pair) not in twins],
+        near_duplicates=[(different[i], different[j]) for i, j in near_duplicates(bits, means)],
         shorter_side=spread([min(s) for s in sizes]), width_to_height=spread([w/h for w, h in sizes]),
         colours=colour_moments(np.mean(colours, 0)) if colours else {},
         captions=dict(given=len(said), different=len(set(said)), tokens=spread(tokens), limit=max_tokens,

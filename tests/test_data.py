@@ -1,11 +1,12 @@
 "A folder as found in the wild: the good pictures are trained on, the damaged ones named, and nothing is changed."
-import io, json, os
+import io, json, os, random
 from pathlib import Path
 import numpy as np
+import pytest
 from PIL import Image
 from safetensors import safe_open
 from t2i_nb.cli import main
-from t2i_nb.data import DataConfig, load_dataset, load_usable, toy_flowers
+from t2i_nb.data import DataConfig, load_dataset, load_usable, picture_findings, scan, toy_flowers
 
 TINY = ['vae.name=tiny', 'text.encoder=tiny', 'text.max_length=0', 'data.size=64', 'unet.width=16', 'unet.overrides={}',
         'unet.attention_size=4', 'train.global_batch=8', 'train.validation_images=16', 'sample.num_inference_steps=2']
@@ -18,8 +19,8 @@ def encode(image, format='PNG', **kwargs):
 def damage(image):
     "What has to be left out: kind -> suffix, bytes"
     jpeg, png = encode(image, 'JPEG'), encode(image)
-    return {'empty file': ('.jpg', b''), 'not a picture': ('.jpg', b'Dear all,'), 'truncated': ('.jpg', jpeg[:-200]),
-            'truncated ': ('.png', png[:len(png)//2]), 'not a picture ': ('.png', png[:20]),
+    return {'empty file': ('.jpg', b''), 'not a picture': ('.jpg', b'Dear all,'), 'truncated or damaged': ('.jpg', jpeg[:-200]),
+            'truncated or damaged ': ('.png', png[:len(png)//2]), 'not a picture ': ('.png', png[:20]),
             'more than 100,000,000 pixels': ('.png', encode(Image.new('1', (12_000, 12_000))))}
 
 def oddities(image):
@@ -107,3 +108,24 @@ def test_resume_on_changed_pictures_asks(tmp_path, capsys, monkeypatch):
                                   f"put them back, use another --run-dir, or delete {Path('run')/'data.json'} to go on with these")
     (tmp_path/'run'/'data.json').unlink()
     assert train()[0] == 0
+
+@pytest.mark.filterwarnings('ignore') # Pillow's, of what it finds
+def test_broken_bytes_never_raise():
+    image, rng, seen = toy_flowers(DataConfig(n_images=1)).image(0), random.Random(0), set()
+    for format in ('JPEG', 'PNG', 'GIF', 'TIFF', 'BMP', 'WEBP'):
+        whole = encode(image, format)
+        for _ in range(60):
+            data = bytearray(whole[:rng.randrange(1, len(whole) + 1)])
+            for _ in range(rng.randrange(8)): data[rng.randrange(min(len(data), 200))] = rng.randrange(256)
+            problem, _, picture = picture_findings(bytes(data))
+            assert (picture is None) == bool(problem)
+            seen.add(problem)
+    assert seen >= {'', 'not a picture', 'truncated or damaged'}
+
+def test_a_link_to_nowhere_is_left_out(tmp_path):
+    toy_flowers(DataConfig(n_images=1)).image(0).save(tmp_path/'0.png')
+    try: (tmp_path/'1.png').symlink_to(tmp_path/'gone.png')
+    except OSError: pytest.skip('this system makes no links')
+    cfg = DataConfig(source=str(tmp_path))
+    assert len(load_usable(cfg, 'test', tmp_path/'damaged.json')) == 1
+    assert scan(cfg)['problems'] == {'1.png': 'cannot be opened'}
