@@ -6,10 +6,10 @@
 __all__ = ['torch', 'tqdm', 'plt', 'safetensors_numpy', 'COMMANDS', 'OVERVIEW', 'GOES_ON', 'Overrides', 'FEATURES', 'DEFAULTS',
            'command', 'HelpFormatter', 'make_parser', 'overview', 'find_command', 'run_command', 'tell',
            'format_result', 'main', 'key_value', 'read_recipe', 'run_folder', 'check_least', 'make_folder',
-           'find_pipeline', 'sampling_settings', 'hush', 'bar', 'caption_limit', 'scan', 'grid_prompts', 'prepare',
-           'fit', 'cache', 'train', 'sample', 'score_lines', 'check_features', 'open_pictures', 'tell_pictures',
-           'evaluate', 'draw_grid', 'demo', 'all_pixels', 'check_vae_folder', 'vae_train', 'check_vae', 'vae_evaluate',
-           'vae_encode', 'vae_decode']
+           'find_pipeline', 'sampling_settings', 'hush', 'bar', 'caption_limit', 'scan_pictures', 'scan', 'data_get',
+           'grid_prompts', 'prepare', 'fit', 'cache', 'train', 'sample', 'score_lines', 'check_features',
+           'open_pictures', 'tell_pictures', 'evaluate', 'draw_grid', 'demo', 'all_pixels', 'check_vae_folder',
+           'vae_train', 'check_vae', 'vae_evaluate', 'vae_encode', 'vae_decode']
 
 # %% ../nbs/09_cli.ipynb #55cf03b5
 import argparse
@@ -29,12 +29,13 @@ from fastcore.script import anno_parser
 from safetensors import SafetensorError
 import t2i_nb
 from .captions import TextConfig, check_prompt_length, count_tokens, encoder_places, load_text_encoder
-from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, image_grid, lazy, load_config,
+from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, image_grid, keyed_rng, lazy, load_config,
                          nearest, package_dir, save_config, show_images, to_dict, to_pil)
-from .data import (IMAGE_SUFFIXES, DataConfig, image_to_tensor, load_dataset, load_usable,
-                         picture_findings, scan as scan_source, source_files)
+from .data import DataConfig, image_to_tensor
 from .evaluation import (Evaluation, evaluate as evaluate_run, load_function, open_prompts, save_evaluation,
                                score_prompts, summary, unseen_pictures, vae_report)
+from .scan import duplicate_grid, example_grid, load_usable, picture_findings, plot_attributes, scan as scan_source
+from .sources import IMAGE_SUFFIXES, get_data, load_dataset, read_source
 from .train import (Components, RunConfig, SampleConfig, TrainState, averaged, check_run, check_sampler,
                           choose_precision, flat, load_components, open_run, prepare_data, train as train_steps,
                           with_progress)
@@ -270,21 +271,38 @@ def caption_limit(
         return None, 0
     return lambda captions: count_tokens(tokenizer, captions), tokenizer.model_max_length
 
-@command('scan', 't2i scan photos', 't2i scan photos.parquet --set data.caption_column=caption',
+def scan_pictures(
+    table,       # Source
+    report:dict, # from `scan`
+    out:Path     # folder
+):
+    "What a person would look at: examples.png, duplicates.png and attributes.png, as far as there is something to see"
+    bad = {*report['problems']}
+    good = [i for i, name in enumerate(table.names) if name not in bad]
+    figures = {'examples.png': example_grid(table, sorted(keyed_rng(0, 'examples').sample(good, min(18, len(good))))) if good else None,
+               'duplicates.png': duplicate_grid(table, report),
+               'attributes.png': plot_attributes([table.attributes[i] for i in good])[0].figure if report['attributes'] else None}
+    for name, figure in figures.items():
+        (out/name).unlink(missing_ok=True)
+        if figure: figure.savefig(out/name); plt.close(figure)
+
+@command('scan', 't2i scan photos', 't2i scan photos.zip', 't2i scan photos.parquet --set data.caption_column=caption',
          't2i scan photos --recipe my_recipe.yaml --out reports/photos')
 def scan(
-    source:str,            # folder or .parquet file; nothing in it is changed
+    source:str,            # folder, .zip or .parquet file, hf:NAME, or a set by name; nothing in it is changed
     recipe:str='folder',   # whose text encoder counts tokens
-    out:Path=None,         # folder for scan.json and findings.txt; scans/SOURCE if not given
+    out:Path=None,         # folder for scan.json, findings.txt and the pictures to look at; scans/SOURCE if not given
     set:Overrides=None     # changes to the recipe, e.g. text.encoder=tiny
 )->dict:                   # what was found, in numbers
     "Look at every picture and caption before training"
     cfg = apply_overrides(load_config(find_recipe(recipe), RunConfig), set or [])
     data, out = replace(cfg.data, source=source), Path(out or Path('scans')/Path(source).expanduser().resolve().stem)
-    source_files(data) # refuses a source that does not exist, before anything slow
+    if source == 'toy_flowers': raise InputError('toy flowers are drawn and need no scan; name a folder or another source')
+    table = read_source(data) # refuses a source that does not exist, before anything slow
     make_folder(out/'scan.json')
     hush()
-    report = scan_source(data, *caption_limit(cfg.text), bar('pictures'))
+    report = dict(source=source) | scan_source(table, *caption_limit(cfg.text), bar('pictures'))
+    scan_pictures(table, report, out)
     (out/'scan.json').write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     lines = [f'{name}: {what}' for kind in ('problems', 'notes') for name, what in report[kind].items()]
     (out/'findings.txt').write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
@@ -297,7 +315,19 @@ def scan(
             'exact duplicates': sum(len(g) - 1 for g in report['exact_duplicates']), 'near duplicates': len(report['near_duplicates']),
             'shorter side': f"{side['least']:g} to {side['most']:g} pixels, median {side['median']:g}" if side else '',
             'captions': f"{words['given']}, {words['different']} different", 'captions too long': len(words['too_long']),
+            'rare attributes': ', '.join(report['attributes'].get('rare', [])[:8]),
             'fingerprint': report['fingerprint'], 'report': out/'scan.json'}
+
+# %% ../nbs/09_cli.ipynb #9fc6a4f7
+@command('data get', 't2i data get cifar10', 't2i data get flowers102 --root /data', 't2i data get hf:owner/name')
+def data_get(
+    name:str,         # cifar10, flowers102, pokemon, celeba, or hf:NAME
+    root:str='data'   # folder that gets one of its own for the set; recipes look there (data.root)
+)->dict:              # where it is
+    "Download a known set of pictures, resuming, or say how to"
+    folder = get_data(name, root, tell, bar('megabytes'))
+    where = f' --set data.root={root}' if root != 'data' and not str(folder).startswith('hf:') else ''
+    return {'data': folder, 'next': f't2i scan {name}{where}'}
 
 # %% ../nbs/09_cli.ipynb #3bdb2e45
 def grid_prompts(

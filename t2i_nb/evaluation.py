@@ -35,7 +35,8 @@ import numpy as np
 from .core import (InputError, Tensor, best_device, from_dict, keyed_generator, keyed_rng, keyed_seed, lazy,
                          load_config, nearest, pretrained_dir, show_images, to_dict)
 from .data import (ATTRIBUTES, DataConfig, caption_flower, draw_flower, held_out_triples, image_to_tensor,
-                         load_usable, random_attributes)
+                         random_attributes)
+from .scan import load_usable, without_near_copies
 from .train import RunConfig, read_metrics
 from .vae import decode_latents, encode_images, load_vae, round_trip
 
@@ -622,6 +623,7 @@ class Evaluation:
     seconds_per_image:float=0.                       # wall clock, text to picture
     seconds:dict=field(default_factory=dict)         # stage of the run to wall-clock seconds, where a run was timed
     device:str=''                                    # what the pictures were made on
+    near_copies:int=0                                # unseen pictures left out: a training picture looks like them
     reader:str=''                                    # 'shipped' or the foreign reader's name
     seed:int=0                                       # keys prompts and pictures
     versions:dict=field(default_factory=dict)        # of what measured it
@@ -695,6 +697,11 @@ def evaluate_generator(
 )->Evaluation:
     "Measure a generator"
     out, network = {}, load_feature_network(features) if features else None
+    if dataset is not None and training is not None:
+        unseen = without_near_copies(dataset, training)
+        if not len(unseen): raise InputError(f"each of the {len(dataset)} pictures to judge by looks like a training picture; "
+                                             "use others")
+        facts['near_copies'], dataset = len(dataset) - len(unseen), unseen
     if dataset is None:
         instrument, facts['reader'] = find_reader(reader), reader
         out['adherence'], pictures, seconds = score_adherence(generate, n_images, instrument, seed)
@@ -727,6 +734,7 @@ def summary(
     if e.open_entropy: out['open entropy, worst'] = min(e.open_entropy['per_attribute'].values())
     if e.kid: out[f"KID by {e.kid['network']}"] = e.kid['mean']
     if e.copies: out['copies'] = e.copies['copies']
+    if e.near_copies: out['unseen pictures left out'] = e.near_copies
     if e.values: out['clipped'] = e.values['clipped']
     return {k: round(v, 4) for k, v in out.items()}
 

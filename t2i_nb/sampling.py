@@ -5,27 +5,28 @@
 # %% auto #0
 __all__ = ['torch', 'diffusers', 'SCHEDULERS', 'FLOW_SCHEDULERS', 'TextToImagePipeline', 'build_pipeline', 'save_pipeline',
            'load_pipeline', 'make_scheduler', 'set_steps', 'make_generators', 'initial_noise', 'guide', 'denoise',
-           'draw', 'sample', 'grid_maker']
+           'class_labels', 'draw', 'sample', 'grid_maker']
 
 # %% ../nbs/06_sampling.ipynb #23d72ba4
+import re
 from pathlib import Path
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from .captions import encode_prompts
 from .core import InputError, Tensor, image_grid, lazy, to_pil
 from .train import Components, RunConfig, check_sampler
 from .unet import Objective
-from .vae import decode_latents
+from .vae import decode_latents, unfold_pixels
 
 # %% ../nbs/06_sampling.ipynb #3bee3c90
 torch, diffusers = lazy('torch'), lazy('diffusers')
 
 # %% ../nbs/06_sampling.ipynb #d202c05a
 class TextToImagePipeline(DiffusionPipeline):
-    "Text to picture in pixel space: the stock parts without a VAE"
-    model_cpu_offload_seq = 'text_encoder->unet'
-    def __init__(self, text_encoder, tokenizer, unet, scheduler):
+    "Text to picture where the stock pipeline cannot: without a VAE, or with classes beside the text"
+    model_cpu_offload_seq, _optional_components = 'text_encoder->unet->vae', ['vae']
+    def __init__(self, text_encoder, tokenizer, unet, scheduler, vae=None):
         super().__init__()
-        self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, vae=vae)
     def __call__(self,
         prompt,                      # one prompt, or a list
         num_inference_steps:int=16,  # denoising steps
@@ -48,11 +49,11 @@ def build_pipeline(
     unet,                # averaged denoiser
     models:Components,   # frozen models
     objective:Objective  # what the UNet was trained to say
-):                       # StableDiffusionPipeline, or TextToImagePipeline in pixel space
+):                       # StableDiffusionPipeline, or TextToImagePipeline in pixel space and with classes
     "The parts of a run as one diffusers pipeline"
     parts = dict(text_encoder=models.text_encoder, tokenizer=models.tokenizer, unet=unet,
                  scheduler=objective.noise_scheduler())
-    if models.vae is None: pipeline = TextToImagePipeline(**parts)
+    if models.vae is None or unet.config.get('class_names'): pipeline = TextToImagePipeline(vae=models.vae, **parts)
     else: pipeline = diffusers.StableDiffusionPipeline(vae=models.vae, safety_checker=None, feature_extractor=None,
                                                        requires_safety_checker=False, **parts)
     pipeline.set_progress_bar_config(disable=True)
@@ -176,6 +177,17 @@ def denoise(
         if callback: callback(i, t, x)
     return x
 
+# %% ../nbs/06_sampling.ipynb #e02bce57
+def class_labels(
+    unet,       # the denoiser
+    prompts     # texts
+)->Tensor:      # (b,) class numbers, the last one for none; None if the denoiser has no classes
+    "The class that each prompt names, the longest name if it names several"
+    names = unet.config.get('class_names')
+    if not names: return None
+    named = lambda text: [c for c in names if re.search(rf'\b{re.escape(c)}\b', text, re.I)]
+    return torch.tensor([names.index(max(named(p), key=len)) if named(p) else len(names) for p in prompts])
+
 # %% ../nbs/06_sampling.ipynb #d08e4867
 def draw(
     pipeline,                  # StableDiffusionPipeline or TextToImagePipeline
@@ -188,15 +200,17 @@ def draw(
     **kwargs                   # guidance_rescale, guidance_interval and callback of `denoise`
 )->Tensor:                     # (b, 3, h, w), about [-1, 1], not clipped
     "Pictures as tensors, one per prompt and generator"
-    unet, device = pipeline.unet.eval(), pipeline.unet.device
+    unet, device, b = pipeline.unet.eval(), pipeline.unet.device, len(prompts)
     encode = lambda texts: encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts).to(device)
     size = unet.config.sample_size
     noise = initial_noise(generators, (unet.config.in_channels, size, size)).to(device)
     null = encode([negative_prompt]).expand(len(prompts), -1, -1)
-    x = denoise(unet, make_scheduler(pipeline.scheduler, sampler), noise, encode(list(prompts)), null,
+    labels = class_labels(unet, [negative_prompt]*b + list(prompts)) # of the doubled batch; None without classes
+    told = lambda x, t, states: unet(x, t, states, None if labels is None else labels[-len(x):].to(device))
+    x = denoise(told, make_scheduler(pipeline.scheduler, sampler), noise, encode(list(prompts)), null,
                 num_inference_steps, guidance_scale, **kwargs)
     vae = getattr(pipeline, 'vae', None)
-    return decode_latents(vae, x) if vae is not None else x
+    return decode_latents(vae, x) if vae is not None else unfold_pixels(x)
 
 # %% ../nbs/06_sampling.ipynb #1050f846
 def sample(

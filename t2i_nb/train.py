@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['np', 'torch', 'tqdm', 'safetensors_torch', 'LR_SCHEDULES', 'SAMPLERS', 'N_BINS', 'TrainConfig', 'SampleConfig',
            'RunConfig', 'check_sampler', 'recipe_factor', 'check_run', 'TrainingData', 'Components', 'load_components',
-           'prepare_data', 'picture_order', 'epoch_order', 'make_batch', 'learning_rate', 'update_ema',
-           'choose_precision', 'validation_loss', 'flush', 'checksum', 'write_folder', 'optimizer_tensors',
-           'save_checkpoint', 'is_valid', 'checkpoint_folders', 'newest_checkpoint', 'load_checkpoint', 'flat',
-           'open_run', 'check_pictures', 'read_metrics', 'rewind_metrics', 'TrainState', 'micro_loss', 'train_step',
-           'cpu_pool', 'averaged', 'train', 'counters', 'train_loop', 'with_progress']
+           'caption_rows', 'picture_classes', 'prepare_data', 'picture_order', 'epoch_order', 'make_batch',
+           'learning_rate', 'update_ema', 'choose_precision', 'validation_loss', 'flush', 'checksum', 'write_folder',
+           'optimizer_tensors', 'save_checkpoint', 'is_valid', 'checkpoint_folders', 'newest_checkpoint',
+           'load_checkpoint', 'flat', 'open_run', 'check_pictures', 'read_metrics', 'rewind_metrics', 'TrainState',
+           'micro_loss', 'train_step', 'cpu_pool', 'averaged', 'train', 'counters', 'train_loop', 'with_progress']
 
 # %% ../nbs/04_train_deepspeed.ipynb #427f24ef
 import copy
@@ -26,7 +26,9 @@ from pathlib import Path
 from .captions import TextConfig, build_text_cache, load_text_encoder
 from .core import (InputError, Tensor, best_device, keyed_generator, keyed_seed, lazy, load_config, nearest,
                          pretrained_dir, save_config, to_dict)
-from .data import DataConfig, load_usable
+from .data import DataConfig
+from .scan import load_usable
+from .sources import load_dataset
 from .unet import Objective, ObjectiveConfig, UNetConfig, build_unet, check_objective, unet_keys
 from .vae import VAEConfig, build_latent_cache, check_size, fingerprint, load_vae, warm_decay
 
@@ -92,7 +94,7 @@ def recipe_factor(
 )->int:           # 1 in pixel space; 0 when only a download could tell
     "Pixels per latent position along each side, without loading the VAE"
     file = (pretrained_dir()/'vae' if cfg.name == 'tiny' else Path(cfg.name))/'config.json'
-    if not cfg.name: return 1
+    if not cfg.name: return cfg.patch
     if cfg.name != 'new' and not file.is_file(): return 0
     there = {} if cfg.name == 'new' else json.loads(file.read_text())
     channels = cfg.block_out_channels if cfg.name == 'new' else there.get('block_out_channels', ())
@@ -134,9 +136,12 @@ def check_run(
 class TrainingData:
     mean:Tensor    # latents (n, c, h, w), fp16; the picture itself in pixel space
     std:Tensor     # deviation of the posterior (n, c, h, w), or zeros
-    rows:Tensor    # (n,) row of `states` for each picture's caption
+    rows:Tensor    # (n, k) rows of `states` for each picture's captions, -1 where it has fewer than k
     states:Tensor  # (unique captions + 1, tokens, dim), fp16; row 0 is the null prompt
     fingerprint:str='' # of the files and captions; '' for drawn pictures, which the recipe determines
+    flips:tuple=()     # mean and std of the mirrored pictures, where they are shown too
+    labels:Tensor=None # (n,) number of each picture's class, where the UNet is told
+    class_names:tuple=() # what the numbers mean
     def __len__(self): return len(self.mean)
 
 @dataclass
@@ -153,6 +158,33 @@ def load_components(
     return Components(*load_text_encoder(cfg.text), load_vae(cfg.vae, cfg.data.size))
 
 # %% ../nbs/04_train_deepspeed.ipynb #2317a579
+def caption_rows(
+    texts,        # TextCache
+    wordings:list # the captions of each picture
+)->Tensor:        # (n, k), -1 where a picture has fewer than k
+    "Where the states of each picture's captions lie"
+    rows = torch.full((len(wordings), max(map(len, wordings))), -1)
+    flat = texts.rows([c for w in wordings for c in w]).tolist()
+    for row, w in zip(rows, wordings):
+        row[:len(w)] = torch.tensor(flat[:len(w)])
+        del flat[:len(w)]
+    return rows
+
+def picture_classes(
+    cfg:DataConfig, # `label`: which column
+    dataset,        # ImageCaptionDataset
+    split:str       # of which it is
+)->tuple:           # (n,) class numbers and the names of the classes; None and () where `label` is empty
+    "The class of each picture, by its place in the sorted names of the training split"
+    if not cfg.label: return None, ()
+    known = dataset.attributes or [{}]
+    if cfg.label not in known[0]: raise InputError(f"data.label is '{cfg.label}'{nearest(cfg.label, known[0])}, and the "
+                                                   f"pictures have {', '.join(known[0]) or 'no columns'}")
+    of = lambda d: [str(a[cfg.label]) for a in d.attributes]
+    names = sorted(set(of(dataset if split == 'train' else load_dataset(cfg))))
+    return torch.tensor([names.index(c) if c in names else len(names) for c in of(dataset)]), tuple(names)
+
+# %% ../nbs/04_train_deepspeed.ipynb #3ef0d57e
 def prepare_data(
     cfg:RunConfig,         # the recipe
     models:Components,     # frozen models
@@ -165,11 +197,15 @@ def prepare_data(
     "Encode pictures and captions once"
     dataset = load_usable(cfg.data, split, cache and Path(cache)/'damaged.json', log)
     if models.vae is not None: check_size(models.vae, cfg.data.size)
-    latents = build_latent_cache(dataset, models.vae, cache, device, progress)
-    words = Path(cache)/f'text-{fingerprint(cfg.text, dataset.captions)}' if cache else None # one for each split
-    texts = build_text_cache(dataset.captions, models.tokenizer, models.text_encoder.to(device), words)
+    latents = build_latent_cache(dataset, models.vae, cache, device, progress, cfg.vae.patch)
+    mirror = cfg.data.flip and split == 'train' # validation pictures are shown as they are
+    flips = build_latent_cache(dataset, models.vae, cache, device, progress, cfg.vae.patch, flip=True) if mirror else {}
+    said = [c for w in dataset.wordings for c in w]
+    words = Path(cache)/f'text-{fingerprint(cfg.text, said)}' if cache else None # one for each split
+    texts = build_text_cache(said, models.tokenizer, models.text_encoder.to(device), words)
     models.text_encoder.to('cpu') # where pipelines expect it
-    return TrainingData(latents['mean'], latents['std'], texts.rows(dataset.captions), texts.states, dataset.fingerprint)
+    return TrainingData(latents['mean'], latents['std'], caption_rows(texts, dataset.wordings), texts.states,
+                        dataset.fingerprint, tuple(flips.values()), *picture_classes(cfg.data, dataset, split))
 
 # %% ../nbs/04_train_deepspeed.ipynb #adfeddf5
 def picture_order(
@@ -195,21 +231,25 @@ def make_batch(
     cfg:TrainConfig,    # seed and caption dropout
     k:int,              # number of the first draw
     n:int               # draws
-)->dict:                # x0, eps (n, c, h, w), u (n,) and encoder_hidden_states (n, tokens, dim)
+)->dict:                # x0, eps (n, c, h, w), u (n,), encoder_hidden_states (n, tokens, dim), class_labels (n,) if any
     "Draws `k` to `k + n`: whatever came before, the same numbers"
-    x0, eps, u, rows = [], [], [], []
+    x0, eps, u, rows, labels = [], [], [], [], []
     for j in range(k, k + n):
-        i = picture_order(len(data), cfg.seed, j)
-        x = data.mean[i].float()
-        key = lambda purpose: keyed_generator(cfg.seed, purpose, j)
-        if cfg.sample_posterior: x = x + data.std[i].float()*torch.randn(x.shape, generator=key('posterior'))
+        i, key = picture_order(len(data), cfg.seed, j), lambda purpose: keyed_generator(cfg.seed, purpose, j)
+        flipped = data.flips and torch.rand((), generator=key('flip')) < .5
+        mean, std = data.flips if flipped else (data.mean, data.std)
+        x = mean[i].float()
+        if cfg.sample_posterior: x = x + std[i].float()*torch.randn(x.shape, generator=key('posterior'))
         x0.append(x)
         eps.append(torch.randn(x.shape, generator=key('noise')))
         u.append(torch.rand((), generator=key('timestep')))
         drop = torch.rand((), generator=key('dropout')) < cfg.caption_dropout
-        rows.append(0 if drop else int(data.rows[i]))
-    states = data.states[rows].float()
-    return dict(x0=torch.stack(x0), eps=torch.stack(eps), u=torch.stack(u), encoder_hidden_states=states)
+        said = data.rows[i][data.rows[i] >= 0]
+        choice = int(torch.rand((), generator=key('caption'))*len(said)) if len(said) > 1 else 0
+        rows.append(0 if drop else int(said[choice]))
+        if data.labels is not None: labels.append(len(data.class_names) if drop else int(data.labels[i]))
+    batch = dict(x0=torch.stack(x0), eps=torch.stack(eps), u=torch.stack(u), encoder_hidden_states=data.states[rows].float())
+    return batch | (dict(class_labels=torch.tensor(labels)) if labels else {})
 
 # %% ../nbs/04_train_deepspeed.ipynb #a2c4ea5d
 def learning_rate(
@@ -264,13 +304,14 @@ def validation_loss(
     "Mean unweighted loss per time bin, on fixed pictures, noise and times"
     n, device = min(n_images, len(data)), next(unet.parameters()).device
     x0 = data.mean[:n].float()
-    states, losses = data.states[data.rows[:n]].float().to(device), []
+    states, losses = data.states[data.rows[:n, 0]].float().to(device), []
+    labels = data.labels[:n].to(device) if data.labels is not None else None
     for b in range(N_BINS):
         key = lambda purpose, i: keyed_generator(seed, f'validation {purpose} {b}', i)
         u = torch.stack([torch.rand((), generator=key('time', i)) for i in range(n)])
         eps = torch.stack([torch.randn(x0[0].shape, generator=key('noise', i)) for i in range(n)])
         t, x, e = ((b + u)/N_BINS).to(device), x0.to(device), eps.to(device)
-        with torch.no_grad(): pred = unet(objective.add_noise(x, e, t), objective.timestep(t), states).sample
+        with torch.no_grad(): pred = unet(objective.add_noise(x, e, t), objective.timestep(t), states, labels).sample
         losses.append((pred - objective.target(x, e, t)).square().mean().item())
     return losses
 
@@ -474,7 +515,8 @@ def micro_loss(
     b = {key: v.to(device) for key, v in batch.items()}
     t = objective.draw_t(b['u'])
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        pred = unet(objective.add_noise(b['x0'], b['eps'], t), objective.timestep(t), b['encoder_hidden_states']).sample
+        pred = unet(objective.add_noise(b['x0'], b['eps'], t), objective.timestep(t), b['encoder_hidden_states'],
+                    b.get('class_labels')).sample
     return objective.loss_per_image(pred, b['x0'], b['eps'], t).sum()
 
 # %% ../nbs/04_train_deepspeed.ipynb #dc71ac98
@@ -547,7 +589,8 @@ def train(
     held = held or prepare_data(cfg, models, 'validation', run_dir/'cache', device, log=log)
     check_pictures(run_dir, data)
     objective, shape = Objective(cfg.objective), data.mean.shape
-    unet = build_unet(cfg.unet, shape[-1], shape[1], data.states.shape[-1], keyed_seed(t.seed, 'weights'))
+    unet = build_unet(cfg.unet, shape[-1], shape[1], data.states.shape[-1], keyed_seed(t.seed, 'weights'),
+                      data.class_names)
     optimizer = torch.optim.AdamW(unet.to(device).train().parameters(), lr=t.lr, betas=t.betas,
                                   weight_decay=t.weight_decay, fused=device != 'mps')
     state = TrainState(unet=unet, ema={k: p.detach().clone() for k, p in unet.named_parameters()})

@@ -141,13 +141,18 @@ def build_unet(
     sample_size:int,         # side of the latents, or of the picture in pixel space
     in_channels:int,         # latent channels, or 3 in pixel space
     cross_attention_dim:int, # width of the text states
-    seed:int=0               # of the initial weights; the global generator is left as it was
+    seed:int=0,              # of the initial weights; the global generator is left as it was
+    class_names=()           # of the classes it is told beside the text; one more embedding stands for none of them
 ):                           # UNet2DConditionModel, fp32
     "A stock UNet of the size that `cfg` dials, with initial weights that depend on `seed` alone"
     keys = unet_keys(cfg, sample_size, in_channels, cross_attention_dim)
+    if class_names: keys['num_class_embeds'] = len(class_names) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try: return diffusers.UNet2DConditionModel(**keys)
+        try:
+            unet = diffusers.UNet2DConditionModel(**keys)
+            if class_names: unet.register_to_config(class_names=list(class_names)) # stays with it in its config.json
+            return unet
         except (ValueError, TypeError) as e:
             if not cfg.overrides: raise
             raise InputError(f"unet.overrides {cfg.overrides} do not fit the other keys: {e}") from None

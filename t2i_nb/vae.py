@@ -6,12 +6,13 @@
 __all__ = ['np', 'torch', 'F', 'diffusers', 'safetensors_torch', 'VAEConfig', 'build_vae', 'load_vae', 'vae_factor', 'check_size',
            'posterior', 'encode_images', 'decode_latents', 'measure_latents', 'fold_statistics', 'VAETrainConfig',
            'vae_loss', 'vae_lr', 'save_state', 'load_state', 'warm_decay', 'train_vae', 'grow_vae', 'outer_encode',
-           'inner_encode', 'inner_decode', 'train_inner', 'make_vae', 'psnr', 'ssim', 'round_trip', 'fingerprint',
-           'file_marks', 'cache_key', 'build_latent_cache']
+           'inner_encode', 'inner_decode', 'train_inner', 'make_vae', 'psnr', 'ssim', 'round_trip', 'fold_pixels',
+           'unfold_pixels', 'fingerprint', 'file_marks', 'cache_key', 'build_latent_cache']
 
 # %% ../nbs/02_vae.ipynb #3edf3771
 import hashlib
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class VAEConfig:
     latent_channels:int=4         # 'new': channels of the latents
     layers_per_block:int=1        # 'new': ResNet blocks per level
     norm_num_groups:int=4         # 'new': groups of each GroupNorm; divides every channel count
+    patch:int=1                   # '': squares of so many pixels a side become the channels of one position
 
 # %% ../nbs/02_vae.ipynb #92affac3
 def build_vae(
@@ -412,6 +414,20 @@ def round_trip(
     lowest = scores[1].min().item()
     return dict(n_images=scores.shape[1], mse=mse, psnr=db, ssim=similar, psnr_worst=lowest, worst=worst)
 
+# %% ../nbs/02_vae.ipynb #b0c43df9
+def fold_pixels(
+    pixel_values:Tensor, # (b, 3, h, w)
+    patch:int            # side of a square
+)->Tensor:               # (b, 3 patch^2, h/patch, w/patch)
+    "Squares of pixels as channels"
+    return F.pixel_unshuffle(pixel_values, patch)
+
+def unfold_pixels(
+    x:Tensor # (b, 3 patch^2, h, w)
+)->Tensor:   # (b, 3, patch h, patch w)
+    "Channels as squares of pixels; the inverse of `fold_pixels`"
+    return F.pixel_shuffle(x, math.isqrt(x.shape[1]//3))
+
 # %% ../nbs/02_vae.ipynb #ccda6c6e
 def fingerprint(
     *parts # modules, bytes, or anything that prints the same when it is the same
@@ -435,12 +451,13 @@ def file_marks(
 
 def cache_key(
     dataset, # ImageCaptionDataset
-    vae      # AutoencoderKL or AutoencoderTiny, or None for pixel space
+    vae,     # AutoencoderKL or AutoencoderTiny, or None for pixel space
+    *how     # what else they depend on
 )->str:      # 16 hexadecimal digits
     "What the latents of `dataset` depend on"
     made_by = [vae, {k: v for k, v in sorted(vae.config.items()) if k[0] != '_'}] if vae is not None else []
     few = dataset.batch(range(0, len(dataset), len(dataset)//4 + 1)).numpy().tobytes()
-    return fingerprint(*made_by, dataset.cfg, dataset.captions, dataset.names, file_marks(dataset), few)
+    return fingerprint(*made_by, dataset.cfg, dataset.captions, dataset.names, file_marks(dataset), few, *how)
 
 # %% ../nbs/02_vae.ipynb #0eab5f9c
 def build_latent_cache(
@@ -448,16 +465,18 @@ def build_latent_cache(
     vae,              # AutoencoderKL or AutoencoderTiny, or None for pixel space
     folder=None,      # where to keep it; None keeps it in memory
     device:str='cpu', # where to encode
-    progress=iter     # wraps the batches, e.g. tqdm
+    progress=iter,    # wraps the batches, e.g. tqdm
+    patch:int=1,      # pixel space: side of the squares that become channels
+    flip:bool=False   # of the mirrored pictures?
 )->dict:              # 'mean' and 'std', each fp16 (n, c, h/f, w/f)
     "Latents of a whole data set, encoded once"
-    path = Path(folder)/f'latents-{cache_key(dataset, vae)}.safetensors' if folder else None
+    path = Path(folder)/f'latents-{cache_key(dataset, vae, patch, flip)}.safetensors' if folder else None
     if path and path.is_file(): return safetensors_torch.load_file(path)
     parts, order = [], range(len(dataset))
     if vae is not None: vae.to(device)
     for start in progress(range(0, len(dataset), 64)):
-        x = dataset.batch(order[start:start + 64])
-        mean, std = posterior(vae, x.to(device)) if vae is not None else (x, torch.zeros(len(x), *[1]*3))
+        x = dataset.batch(order[start:start + 64], flip)
+        mean, std = posterior(vae, x.to(device)) if vae is not None else (fold_pixels(x, patch), torch.zeros(len(x), *[1]*3))
         parts.append((mean.half().cpu(), std.half().cpu()))
     cache = dict(zip(('mean', 'std'), (torch.cat(p).contiguous() for p in zip(*parts))))
     if path:

@@ -6,8 +6,9 @@ import yaml
 from t2i_nb import cli
 from t2i_nb.captions import check_prompt_length
 from t2i_nb.cli import COMMANDS, main
-from t2i_nb.core import InputError, find_recipe, load_config, pretrained_dir, to_dict
-from t2i_nb.data import DataConfig, load_dataset
+from t2i_nb.core import InputError, find_recipe, load_config, package_dir, pretrained_dir, to_dict
+from t2i_nb.data import DataConfig
+from t2i_nb.sources import load_dataset
 from t2i_nb.train import RunConfig, flat, open_run
 
 HEAVY = ('torch', 'diffusers', 'transformers')
@@ -164,7 +165,7 @@ def test_scan(tmp_path):
 
 def test_words(tmp_path):
     refused("there is no command 'trian' (did you mean 'train'?); the commands are " + ', '.join(COMMANDS), 'trian', cwd=tmp_path)
-    refused("there is no recipe 'dmeo' (did you mean 'demo'?); known are demo, folder, or give the path of a YAML file",
+    refused("there is no recipe 'dmeo' (did you mean 'demo'?); known are celeba128, cifar10, demo, flowers128, folder, pokemon32, or give the path of a YAML file",
             'train', 'dmeo', cwd=tmp_path)
     refused("unrecognized arguments: --run-dri x (did you mean '--run-dir'?); see t2i train --help",
             'train', 'demo', '--run-dri', 'x', cwd=tmp_path)
@@ -173,7 +174,7 @@ def test_words(tmp_path):
     for line in ('train demo --set lr', 'train --set data.source=photos lr', 'train --set data.source=photos --set lr demo'):
         refused("argument --set: 'lr' is not KEY=VALUE, e.g. train.lr=1e-4; a recipe stands before --set; see t2i train --help",
                 *line.split(), cwd=tmp_path)
-    refused("there is no recipe 'dmeo' (did you mean 'demo'?); known are demo, folder, or give the path of a YAML file",
+    refused("there is no recipe 'dmeo' (did you mean 'demo'?); known are celeba128, cifar10, demo, flowers128, folder, pokemon32, or give the path of a YAML file",
             'train', '--set', 'train.lr=1', '--run-dir', 'x', 'dmeo', cwd=tmp_path) # an option ends what --set takes
 
 # Codes --------------------------------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def test_wrong_input_costs_less_than_a_second(run):
 
 # Recipes ------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ('demo', 'folder'))
+@pytest.mark.parametrize('name', sorted(p.stem for p in (package_dir()/'recipes').glob('*.yaml')))
 def test_recipe_names_every_key(name):
     "A recipe is one complete file: no key is left to a default"
     written = flat(yaml.safe_load(find_recipe(name).read_text(encoding='utf-8')))

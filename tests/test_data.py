@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 from t2i_nb.cli import main
-from t2i_nb.data import DataConfig, load_dataset, load_usable, picture_findings, scan, toy_flowers
+from t2i_nb.data import DataConfig, toy_flowers
+from t2i_nb.scan import load_usable, picture_findings, scan
+from t2i_nb.sources import load_dataset, read_source
 
 TINY = ['vae.name=tiny', 'text.encoder=tiny', 'text.max_length=0', 'data.size=64', 'unet.width=16', 'unet.overrides={}',
         'unet.attention_size=4', 'train.global_batch=8', 'train.validation_images=16', 'sample.num_inference_steps=2']
@@ -128,4 +130,4 @@ def test_a_link_to_nowhere_is_left_out(tmp_path):
     except OSError: pytest.skip('this system makes no links')
     cfg = DataConfig(source=str(tmp_path))
     assert len(load_usable(cfg, 'test', tmp_path/'damaged.json')) == 1
-    assert scan(cfg)['problems'] == {'1.png': 'cannot be opened'}
+    assert scan(read_source(cfg))['problems'] == {'1.png': 'cannot be opened'}

@@ -112,7 +112,7 @@ def test_missing_dependency_is_named(project, tmp_path):
     (tmp_path/'pictures.parquet').write_bytes(b'PAR1')
     code = '''import sys; sys.path.insert(0, sys.argv[1]); import core_only; core_only.block_all_but_core()
 from t2i_nb.core import InputError
-from t2i_nb.data import DataConfig, load_dataset
+from t2i_nb.data import DataConfig; from t2i_nb.sources import load_dataset
 try: load_dataset(DataConfig(source=sys.argv[2]))
 except InputError as e: print(e)'''
     done = fresh(code, str(project/'tools'), str(tmp_path/'pictures.parquet'))

@@ -1,0 +1,54 @@
+"Every recipe trains two steps: the published layouts, the same code, shrunk by overrides alone."
+import json
+import pytest
+import layouts
+from t2i_nb.cli import main
+from t2i_nb.core import load_config
+from t2i_nb.train import RunConfig, read_metrics
+
+SMALL = ['unet.width=16', 'unet.overrides={}', 'unet.attention_size=4', 'unet.layers_per_block=1', 'train.n_images=8', 'train.global_batch=4',
+         'train.micro_batch=2', 'train.log_images=4', 'train.validation_images=8', 'train.checkpoint_images=8', 'train.warmup_images=4',
+         'sample.num_inference_steps=2', 'sample.prompts=["a flower", "a red flower"]']
+
+def shrunk(name, tmp_path):
+    "Overrides that make a recipe small, and data for it in its published layout"
+    clip, vae = [f'text.encoder={tmp_path/"clip"}'], [f'vae.name={tmp_path/"vae"}', 'data.size=64']
+    if name in ('flowers128', 'pokemon32', 'celeba128'): layouts.clip(tmp_path/'clip')
+    if name in ('flowers128', 'celeba128', 'folder'): layouts.vae(tmp_path/'vae')
+    root = [f'data.root={tmp_path}']
+    if name == 'demo': return ['data.n_images=32']
+    if name == 'folder': layouts.hub(tmp_path/'photos'); return [f'data.source={tmp_path/"photos"}', 'text.encoder=tiny', 'text.max_length=0', *vae]
+    if name == 'cifar10': layouts.cifar10(tmp_path); return [*root, 'text.encoder=tiny', 'text.max_length=0', 'data.label=label']
+    if name == 'flowers128': layouts.flowers102(tmp_path); return [*root, *clip, *vae]
+    if name == 'celeba128': layouts.celeba(tmp_path); return [*root, *clip, *vae]
+    pytest.importorskip('datasets', reason='hf: sources need the datasets library')
+    layouts.hub(tmp_path/'pokemon')
+    return [f'data.source=hf:{tmp_path/"pokemon"}', *clip]
+
+@pytest.mark.parametrize('name', ('demo', 'folder', 'flowers128', 'cifar10', 'pokemon32', 'celeba128'))
+def test_two_steps(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path/'datasets'))
+    overrides, run = [*SMALL, *shrunk(name, tmp_path)], tmp_path/'run'
+    code = main(['train', name, '--run-dir', str(run), '--set', *overrides])
+    assert code == 0, capsys.readouterr().err
+    rows = [r for r in read_metrics(run) if 'loss' in r]
+    assert [r['images_seen'] for r in rows] == [4, 8] and all(r['lr'] > 0 and r['loss'] > 0 for r in rows)
+    cfg = load_config(run/'config.yaml', RunConfig)
+    index = json.loads((run/'pipeline'/'model_index.json').read_text())
+    stock = bool(cfg.vae.name) and not cfg.data.label # what plain diffusers can draw
+    assert index['_class_name'] == ('StableDiffusionPipeline' if stock else 'TextToImagePipeline')
+    assert main(['sample', str(run), 'a red flower', '--out', str(tmp_path/'a.png'), '--num-inference-steps', '2']) == 0
+    from PIL import Image # b: drawn at the size it was trained at
+    with Image.open(tmp_path/'a.png') as image: assert image.size == (cfg.data.size, cfg.data.size)
+
+def test_a_prompt_tells_its_class(tmp_path):
+    layouts.cifar10(tmp_path)
+    overrides = [*SMALL, f'data.root={tmp_path}', 'text.encoder=tiny', 'text.max_length=0', 'data.label=label', 'train.n_images=64',
+                 'train.lr=0.01', 'sample.prompts=["a"]', 'data.flip=false']
+    assert main(['train', 'cifar10', '--run-dir', str(tmp_path/'run'), '--set', *overrides]) == 0
+    from t2i_nb.sampling import class_labels, draw, load_pipeline, make_generators
+    pipeline = load_pipeline(tmp_path/'run')
+    assert pipeline.unet.config.class_names == layouts.CLASSES
+    assert class_labels(pipeline.unet, ['a photo of a ship', 'a boat']).tolist() == [8, 10]
+    ship, boat = draw(pipeline, ['ship', 'boat'], make_generators([0, 0]), 4, 1.)
+    assert (ship - boat).abs().max() > 1e-4
