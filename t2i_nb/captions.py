@@ -8,8 +8,8 @@ __all__ = ['torch', 'F', 'transformers', 'tokenizers', 'safetensors', 'torch_fil
            'clip_text_config', 'encode_prompts', 'contrastive_loss', 'image_tower', 'ClipConfig', 'build_clip',
            'text_features', 'attribute_codes', 'clip_batches', 'wordings', 'clip_loss', 'ClipState', 'train_clip',
            'linear_probe', 'full_captions', 'probe_attributes', 'train_text_encoder', 'TextConfig', 'minilm_dir',
-           'encoder_places', 'fit_length', 'encoder_class', 'load_text_encoder', 'encoder_fingerprint', 'TextCache',
-           'load_text_cache', 'build_text_cache', 'similarity']
+           'encoder_places', 'fit_length', 'encoder_class', 'load_text_encoder', 'hash_weights', 'encoder_fingerprint',
+           'TextCache', 'build_text_cache', 'similarity']
 
 # %% ../nbs/01_captions.ipynb #985a2095
 import dataclasses
@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 import yaml
+from .cache import Column, fill, open_rows, row_key
 from .core import InputError, Tensor, keyed_generator, keyed_rng, keyed_seed, lazy, pretrained_dir
 from .data import ATTRIBUTES, ImageCaptionDataset, caption_flower, random_attributes
 
@@ -423,6 +424,15 @@ def load_text_encoder(
     return tokenizer, model.eval().requires_grad_(False)
 
 # %% ../nbs/01_captions.ipynb #460e8777
+def hash_weights(
+    digest, # a hashlib object, which goes on
+    model   # of torch
+):
+    "Feed names and values of all parameters to `digest`"
+    for name, p in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(p.detach().float().cpu().contiguous().numpy())
+
 def encoder_fingerprint(
     tokenizer,    # a transformers tokenizer
     text_encoder  # its encoder
@@ -433,9 +443,7 @@ def encoder_fingerprint(
     rules, config = ({k: v for k, v in part.items() if k not in passing} for part in parts)
     said = json.dumps([rules, config, tokenizer.model_max_length, tokenizer.pad_token_id], sort_keys=True)
     digest = hashlib.blake2b(said.encode(), digest_size=16)
-    for name, p in sorted(text_encoder.named_parameters()):
-        digest.update(name.encode())
-        digest.update(p.detach().float().cpu().contiguous().numpy())
+    hash_weights(digest, text_encoder)
     return digest.hexdigest()
 
 # %% ../nbs/01_captions.ipynb #42d2e58c
@@ -443,10 +451,9 @@ class TextCache:
     "The token states of captions: `states` (n + 1, tokens, dim) in fp16, row 0 the null prompt"
     def __init__(self,
         captions:list[str],  # unique, without the null prompt; caption i is row i + 1
-        states:Tensor,       # (n + 1, tokens, dim)
-        fingerprint:str      # of tokenizer and encoder
+        states               # (n + 1, tokens, dim): a tensor, or a `Column` of a cache on disk
     ):
-        self.captions, self.states, self.fingerprint = captions, states, fingerprint
+        self.captions, self.states = captions, states
         self.row = {'': 0} | {c: i for i, c in enumerate(captions, 1)}
     def __len__(self): return len(self.captions)
     def rows(self,
@@ -457,52 +464,26 @@ class TextCache:
         if missing: raise InputError(f"the text cache lacks {len(missing)} captions, the first is '{missing[0]}'; "
                                      "build it again")
         return torch.tensor([self.row[c] for c in captions])
-    def save(self,
-        folder # gets `text_states.safetensors` and `captions.json`
-    ):
-        "Write captions, then states under a temporary name, so that a half-written cache is never found"
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder/'captions.json').write_text(json.dumps(self.captions, ensure_ascii=False), encoding='utf-8')
-        file = folder/'text_states.safetensors'
-        torch_files.save_file(dict(states=self.states.contiguous()), file.with_suffix('.part'),
-                              metadata=dict(fingerprint=self.fingerprint))
-        file.with_suffix('.part').replace(file)
 
 # %% ../nbs/01_captions.ipynb #dabcffe5
-def load_text_cache(
-    folder,       # as `TextCache.save` wrote it
-    tokenizer,    # has to be the one that made the cache
-    text_encoder  # has to be the one that made the cache
-)->TextCache:
-    "Open a cache, or refuse the cache of another encoder"
-    file, mark = Path(folder)/'text_states.safetensors', encoder_fingerprint(tokenizer, text_encoder)
-    if not file.is_file(): raise InputError(f"there is no text cache in {folder}; build it first")
-    with safetensors.safe_open(file, 'pt') as f: made_by, states = f.metadata()['fingerprint'], f.get_tensor('states')
-    if made_by != mark: raise InputError(f"the text cache in {folder} was made by another text encoder or tokenizer; "
-                                         "delete it and build it again")
-    return TextCache(json.loads((Path(folder)/'captions.json').read_text(encoding='utf-8')), states, mark)
-
-# %% ../nbs/01_captions.ipynb #7a804da4
 def build_text_cache(
     captions:list[str], # of a whole data set, repeats and all
     tokenizer,          # a transformers tokenizer
     text_encoder,       # its encoder
-    folder=None,        # where to keep the cache; one that fits is opened instead of built
-    batch:int=256       # captions encoded at a time
+    folder=None,        # gets a folder of rows for this encoder; None keeps them in memory
+    batch:int=256,      # captions encoded at a time
+    progress=iter       # wraps the batches, e.g. tqdm
 )->TextCache:
     "Encode each unique caption, and the null prompt, once"
-    wanted = sorted(set(captions) - {''})
-    if folder and (Path(folder)/'text_states.safetensors').is_file():
-        cache = load_text_cache(folder, tokenizer, text_encoder)
-        if not set(wanted) - set(cache.captions): return cache
-    parts = [encode_prompts(tokenizer, text_encoder, ['', *wanted][i:i + batch]).half().cpu()
-             for i in range(0, len(wanted) + 1, batch)] # each (batch, tokens, dim)
-    cache = TextCache(wanted, torch.cat(parts), encoder_fingerprint(tokenizer, text_encoder))
-    if not cache.states.isfinite().all():
-        raise InputError("these token states do not fit into fp16; use another encoder")
-    if folder: cache.save(folder)
-    return cache
+    wanted = ['', *sorted(set(captions) - {''})]
+    def encode(at): return encode_prompts(tokenizer, text_encoder, [wanted[i] for i in at]).half().cpu() # (b, tokens, dim)
+    if folder:
+        folder, keys = Path(folder)/f'text-{encoder_fingerprint(tokenizer, text_encoder)}', [row_key(c) for c in wanted]
+        fill(folder, keys, lambda at: dict(states=encode(at).numpy()), batch, progress=progress)
+        return TextCache(wanted[1:], Column(open_rows(folder, keys), 'states'))
+    states = torch.cat([encode(range(len(wanted))[i:i + batch]) for i in progress(range(0, len(wanted), batch))])
+    if not states.isfinite().all(): raise InputError("these token states do not fit into fp16; use another encoder")
+    return TextCache(wanted[1:], states)
 
 # %% ../nbs/01_captions.ipynb #4842289e
 def similarity(

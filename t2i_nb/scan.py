@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['plt', 'MAX_PIXELS', 'LEFT_OR_RIGHT', 'MAX_BITS', 'MAX_GREY', 'RARE', 'picture_findings', 'in_threads',
-           'content_digest', 'difference_hash', 'raw_moments', 'look', 'opened', 'look_at_all', 'leave_out_damaged',
-           'load_usable', 'near_duplicates', 'mean_colours', 'without_near_copies', 'attribute_matrix',
-           'attribute_report', 'plot_attributes', 'spread', 'colour_moments', 'caption_report', 'duplicate_report',
-           'scan', 'example_grid', 'duplicate_grid']
+           'content_digest', 'difference_hash', 'raw_moments', 'file_bytes', 'look', 'opened', 'look_at_all',
+           'leave_out_damaged', 'picture_marks', 'load_usable', 'near_duplicates', 'mean_colours',
+           'without_near_copies', 'attribute_matrix', 'attribute_report', 'plot_attributes', 'spread', 'colour_moments',
+           'caption_report', 'duplicate_report', 'scan', 'example_grid', 'duplicate_grid']
 
 # %% ../nbs/00c_scan.ipynb #a48c8d16
 import hashlib
@@ -81,14 +81,20 @@ def raw_moments(
     x = np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float64).reshape(-1, 3)/255
     return np.stack([(x**k).mean(0) for k in (1, 2, 3)])
 
+def file_bytes(
+    source # path, file object, or None where it could not be opened
+)->bytes:  # None if they cannot be read
+    "The bytes of an encoded picture"
+    try: return source.read_bytes() if isinstance(source, Path) else source and source.getvalue()
+    except OSError: return None
+
 def look(
     source # path, file object, PIL image, or None where it could not be opened
 )->dict:   # 'problem', 'notes', 'digest'; of a good one 'size', 'pixels', 'hash' and 'moments' too; ready for JSON
     "Everything that is asked of a picture, from decoding it once"
     if isinstance(source, Image.Image): problem, notes, image, data = '', [], source.convert('RGB'), source.tobytes()
     else:
-        try: data = source.read_bytes() if isinstance(source, Path) else source and source.getvalue()
-        except OSError: data = None
+        data = file_bytes(source)
         problem, notes, image = picture_findings(data)
     fact = dict(problem=problem, notes=notes, digest=content_digest(data))
     if problem: return fact
@@ -142,6 +148,16 @@ def leave_out_damaged(
         raise InputError(f"none of the {len(dataset)} pictures can be read; the first, {name}: {problem}")
     dataset.facts = facts
     return dataset.subset([i for i, fact in enumerate(facts) if not fact['problem']]), problems
+
+# %% ../nbs/00c_scan.ipynb #bae1751a
+def picture_marks(
+    dataset:ImageCaptionDataset # of any source
+)->list[str]:                   # the same for the same picture
+    "What each picture is: a digest of its bytes, or what it was drawn from"
+    if dataset.facts: return [fact['digest'] for fact in dataset.facts]
+    if dataset.names: return [fact['digest'] for fact in look_at_all(dataset.image, len(dataset))]
+    drawn = content_digest(dataset.image(0).tobytes()) # another way of drawing, another first picture
+    return [f'{drawn} {key}' for key in dataset.keys]
 
 # %% ../nbs/00c_scan.ipynb #af39ecf4
 LEFT_OR_RIGHT = re.compile(r'\b(left|right)\b', re.I)

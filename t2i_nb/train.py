@@ -30,7 +30,7 @@ from .data import DataConfig
 from .scan import load_usable
 from .sources import load_dataset
 from .unet import Objective, ObjectiveConfig, UNetConfig, build_unet, check_objective, unet_keys
-from .vae import VAEConfig, build_latent_cache, check_size, fingerprint, load_vae, warm_decay
+from .vae import VAEConfig, build_latent_cache, check_size, load_vae, warm_decay
 
 # %% ../nbs/04_train_deepspeed.ipynb #e3f3dda4
 np, torch, tqdm, safetensors_torch = lazy('numpy'), lazy('torch'), lazy('tqdm.auto'), lazy('safetensors.torch')
@@ -201,8 +201,7 @@ def prepare_data(
     mirror = cfg.data.flip and split == 'train' # validation pictures are shown as they are
     flips = build_latent_cache(dataset, models.vae, cache, device, progress, cfg.vae.patch, flip=True) if mirror else {}
     said = [c for w in dataset.wordings for c in w]
-    words = Path(cache)/f'text-{fingerprint(cfg.text, said)}' if cache else None # one for each split
-    texts = build_text_cache(said, models.tokenizer, models.text_encoder.to(device), words)
+    texts = build_text_cache(said, models.tokenizer, models.text_encoder.to(device), cache)
     models.text_encoder.to('cpu') # where pipelines expect it
     return TrainingData(latents['mean'], latents['std'], caption_rows(texts, dataset.wordings), texts.states,
                         dataset.fingerprint, tuple(flips.values()), *picture_classes(cfg.data, dataset, split))

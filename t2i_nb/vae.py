@@ -7,7 +7,7 @@ __all__ = ['np', 'torch', 'F', 'diffusers', 'safetensors_torch', 'VAEConfig', 'b
            'posterior', 'encode_images', 'decode_latents', 'measure_latents', 'fold_statistics', 'VAETrainConfig',
            'vae_loss', 'vae_lr', 'save_state', 'load_state', 'warm_decay', 'train_vae', 'grow_vae', 'outer_encode',
            'inner_encode', 'inner_decode', 'train_inner', 'make_vae', 'psnr', 'ssim', 'round_trip', 'fold_pixels',
-           'unfold_pixels', 'fingerprint', 'file_marks', 'cache_key', 'build_latent_cache']
+           'unfold_pixels', 'fingerprint', 'latent_folder', 'build_latent_cache']
 
 # %% ../nbs/02_vae.ipynb #3edf3771
 import hashlib
@@ -17,7 +17,9 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from .cache import Column, fill, open_rows, row_key
 from .core import InputError, Tensor, keyed_generator, lazy, pretrained_dir, to_dict
+from .scan import picture_marks
 
 # %% ../nbs/02_vae.ipynb #52f0e11e
 np, torch, F = lazy('numpy'), lazy('torch'), lazy('torch.nn.functional')
@@ -442,44 +444,36 @@ def fingerprint(
         else: h.update(p if isinstance(p, bytes) else repr(p).encode())
     return h.hexdigest()
 
-def file_marks(
-    dataset # ImageCaptionDataset
-)->list:    # size in bytes and time of change in ns: of the source and of every picture, as far as they are files
-    "What changes when a file of `dataset` does"
-    paths = [os.path.expanduser(dataset.cfg.source), *(dataset.names or [])]
-    return [(s.st_size, s.st_mtime_ns) for s in map(os.stat, filter(os.path.isfile, paths))]
-
-def cache_key(
-    dataset, # ImageCaptionDataset
-    vae,     # AutoencoderKL or AutoencoderTiny, or None for pixel space
-    *how     # what else they depend on
-)->str:      # 16 hexadecimal digits
-    "What the latents of `dataset` depend on"
-    made_by = [vae, {k: v for k, v in sorted(vae.config.items()) if k[0] != '_'}] if vae is not None else []
-    few = dataset.batch(range(0, len(dataset), len(dataset)//4 + 1)).numpy().tobytes()
-    return fingerprint(*made_by, dataset.cfg, dataset.captions, dataset.names, file_marks(dataset), few, *how)
+def latent_folder(
+    vae,        # AutoencoderKL or AutoencoderTiny, or None for pixel space
+    size:int,   # pixels along each side
+    patch:int=1 # pixel space: side of the squares that become channels
+)->str:         # e.g. 'latents-0123456789abcdef'
+    "Where the latents of one VAE lie"
+    made_by = [vae, {k: v for k, v in sorted(vae.config.items()) if k[0] != '_'}] if vae is not None else [patch]
+    return f'latents-{fingerprint(*made_by, size)}'
 
 # %% ../nbs/02_vae.ipynb #0eab5f9c
 def build_latent_cache(
     dataset,          # ImageCaptionDataset
     vae,              # AutoencoderKL or AutoencoderTiny, or None for pixel space
-    folder=None,      # where to keep it; None keeps it in memory
+    folder=None,      # gets a folder of rows for this VAE; None keeps them in memory
     device:str='cpu', # where to encode
     progress=iter,    # wraps the batches, e.g. tqdm
     patch:int=1,      # pixel space: side of the squares that become channels
     flip:bool=False   # of the mirrored pictures?
-)->dict:              # 'mean' and 'std', each fp16 (n, c, h/f, w/f)
+)->dict:              # 'mean' and 'std', each fp16 (n, c, h/f, w/f): tensors, or columns of a cache on disk
     "Latents of a whole data set, encoded once"
-    path = Path(folder)/f'latents-{cache_key(dataset, vae, patch, flip)}.safetensors' if folder else None
-    if path and path.is_file(): return safetensors_torch.load_file(path)
-    parts, order = [], range(len(dataset))
     if vae is not None: vae.to(device)
-    for start in progress(range(0, len(dataset), 64)):
-        x = dataset.batch(order[start:start + 64], flip)
+    def encode(at):
+        x = dataset.batch(at, flip)
         mean, std = posterior(vae, x.to(device)) if vae is not None else (fold_pixels(x, patch), torch.zeros(len(x), *[1]*3))
-        parts.append((mean.half().cpu(), std.half().cpu()))
-    cache = dict(zip(('mean', 'std'), (torch.cat(p).contiguous() for p in zip(*parts))))
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors_torch.save_file(cache, f'{path}.tmp'); os.replace(f'{path}.tmp', path)
-    return cache
+        return dict(mean=mean.half().cpu(), std=std.half().cpu())
+    if folder:
+        folder = Path(folder)/latent_folder(vae, dataset.cfg.size, patch)
+        keys = [row_key(mark, dataset.place(i), flip) for i, mark in enumerate(picture_marks(dataset))]
+        fill(folder, keys, lambda at: {k: v.numpy() for k, v in encode(at).items()}, progress=progress)
+        rows = open_rows(folder, keys)
+        return {k: Column(rows, k) for k in ('mean', 'std')}
+    parts = [encode(range(len(dataset))[i:i + 64]) for i in progress(range(0, len(dataset), 64))]
+    return {k: torch.cat([p[k] for p in parts]) for k in ('mean', 'std')}

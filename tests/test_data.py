@@ -65,9 +65,9 @@ def test_hundred_good_and_thirty_damaged(tmp_path, capsys):
     said = capsys.readouterr().err
     assert 'train pictures are left out' in said and 'names all' in said
     counts = []
-    for file in (tmp_path/'run'/'cache').glob('latents-*.safetensors'):
+    for file in (tmp_path/'run'/'cache').glob('latents-*/rows-*.safetensors'):
         with safe_open(file, 'np') as f: counts.append(f.get_slice('mean').get_shape()[0])
-    assert sum(counts) == 112 # training and validation: the hundred, and the twelve that are converted
+    assert sum(counts) == 112 # training and validation: the hundred, and the twelve that are converted; all differ
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in photos.iterdir()} == before
 
 def test_damage_does_not_move_the_split(tmp_path):

@@ -1,0 +1,223 @@
+"What the page 01_captions cannot show: captioning processes that are killed, and tables cut at every byte"
+import csv, random, shutil, subprocess, sys, time
+from types import SimpleNamespace
+import pytest
+import safetensors.torch
+from t2i_nb.captioner import (InputError, append_rows, caption_names, caption_pictures, continue_table, load_captioner,
+                             out_of_memory, save_tiny_captioner)
+from t2i_nb.data import DataConfig, toy_flowers
+from t2i_nb.sources import load_dataset
+
+N, TOKENS = 48, 8
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    "A folder with sub-folders, a damaged picture, and names that a CSV file has to quote"
+    folder = tmp_path_factory.mktemp('pictures')
+    flowers = toy_flowers(DataConfig(n_images=N))
+    for i in range(N):
+        (folder/f'{i%3}').mkdir(exist_ok=True)
+        flowers.image(i).save(folder/f'{i%3}'/f'"{i}", Blüte.png')
+    (folder/'0'/'cut.png').write_bytes((folder/'0'/'"0", Blüte.png').read_bytes()[:400])
+    return folder
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('models')
+    for family in ('florence2', 'blip'): save_tiny_captioner(folder/family, family)
+    return folder
+
+def dataset(folder): return load_dataset(DataConfig(source=str(folder)), 'test')
+
+def rows(table):
+    with table.open(newline='', encoding='utf-8') as f: return list(csv.reader(f))
+
+# Killed and resumed --------------------------------------------------------------------------------------------------
+
+RUN = """import sys
+from t2i_nb.captioner import caption_pictures, load_captioner
+from t2i_nb.data import DataConfig
+from t2i_nb.sources import load_dataset
+pictures, model, table, tokens = sys.argv[1:]
+data = load_dataset(DataConfig(source=pictures), 'test')
+caption_pictures(data, load_captioner(model, max_new_tokens=int(tokens)), table, batch=2)"""
+
+def start(pictures, model, table):
+    return subprocess.Popen([sys.executable, '-c', RUN, str(pictures), str(model), str(table), str(TOKENS)])
+
+def count(table): return table.read_bytes().count(b'\n') if table.is_file() else 0
+
+def kill_at(running, tables, goals):
+    "Kill each process when its table has so many lines"
+    end = time.monotonic() + 120
+    while left := {family: o for family, o in running.items() if o.returncode is None}:
+        for family, process in left.items():
+            if count(tables[family]) >= goals[family]: process.kill(), process.wait()
+            else: assert process.poll() is None and time.monotonic() < end
+        time.sleep(.002)
+
+def test_killed_and_resumed(pictures, models, tmp_path):
+    "Both families at a time, each killed twice at random moments: every picture once, none missing, the same captions"
+    rng, data = random.Random(), dataset(pictures)
+    tables = {family: tmp_path/f'{family}.csv' for family in ('florence2', 'blip')}
+    for kill in range(2):
+        running = {family: start(pictures, models/family, table) for family, table in tables.items()}
+        try: kill_at(running, tables, {family: count(o) + rng.randint(2, N//3) for family, o in tables.items()})
+        finally:
+            for process in running.values(): process.kill(), process.wait()
+        assert all(1 < count(o) < N + 1 for o in tables.values()), 'killed half-way'
+    for family, table in tables.items():
+        captioner = load_captioner(models/family, max_new_tokens=TOKENS)
+        resumed, failures = caption_pictures(data, captioner, table)
+        at_once, _ = caption_pictures(data, captioner, tmp_path/f'{family}_at_once.csv', batch=16)
+        assert resumed == at_once and len(set(resumed.values())) > N//4
+        assert failures == {'0/cut.png': 'truncated or damaged'}
+        names = [name for name, _ in rows(table)[1:]]
+        assert len(names) == len(set(names)) == N and {*names, '0/cut.png'} == set(caption_names(data))
+        assert rows(table)[0] == ['file_name', 'text']
+        assert rows(tmp_path/f'{family}.failures.csv') == [['file_name', 'reason'], ['0/cut.png', 'truncated or damaged']]
+
+LOCK = """import sys, time
+from pathlib import Path
+from t2i_nb.captioner import only_writer
+with only_writer(Path(sys.argv[1])): print(flush=True), time.sleep(60)"""
+
+def test_one_process_a_table(pictures, tmp_path):
+    "A second process is refused until the first is done, or dead"
+    data, table = dataset(pictures).subset(range(3)), tmp_path/'captions.csv'
+    with subprocess.Popen([sys.executable, '-c', LOCK, str(table)], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(InputError, match='another process is writing'): caption_pictures(data, said, table)
+        process.kill()
+    assert len(caption_pictures(data, said, table)[0]) == 3
+
+# The table -----------------------------------------------------------------------------------------------------------
+
+def said(images):
+    "Captions with all that a CSV file has to quote"
+    return [f'a "{image.size[0]}", größe, {image.getpixel((0, 0))}' for image in images]
+said.about = dict(model='said', prompt='', weights='0')
+
+def test_cut_at_every_byte(pictures, tmp_path):
+    "Wherever a write ends, the next run leaves the same table"
+    data, table = dataset(pictures).subset(range(4)), tmp_path/'captions.csv'
+    caption_pictures(data, said, table)
+    whole = table.read_bytes()
+    for end in range(len(whole)):
+        table.write_bytes(whole[:end])
+        caption_pictures(data, said, table)
+        assert rows(table) == rows_of(whole), whole[:end][-40:]
+
+def rows_of(data): return list(csv.reader(data.decode().splitlines()))
+
+def test_edited_by_hand(pictures, tmp_path):
+    "As a spreadsheet saves it: a mark at the start, other quotes and line ends, a row less, a column and a caption more"
+    data, table = dataset(pictures).subset(range(6)), tmp_path/'captions.csv'
+    caption_pictures(data.subset(range(4)), said, table)
+    kept = [[name, 'by hand' if i == 1 else text, 'seen'] for i, (name, text) in enumerate(rows(table)[1:]) if i != 2]
+    with table.open('w', newline='', encoding='utf-8-sig') as f: csv.writer(f).writerows([['file_name', 'text', 'note'], *kept])
+    before = table.read_bytes()
+    captions, _ = caption_pictures(data, said, table, batch=2)
+    assert table.read_bytes().startswith(before) and len(captions) == 6
+    assert captions[caption_names(data)[1]] == 'by hand'
+    assert [row[0] for row in rows(table)[4:]] == [caption_names(data)[i] for i in (2, 4, 5)]
+
+def test_refused_tables(pictures, tmp_path):
+    data, table = dataset(pictures).subset(range(2)), tmp_path/'captions.csv'
+    table.write_text('file_name,text\n')
+    with pytest.raises(InputError, match='no captioner wrote it'): caption_pictures(data, said, table)
+    table.unlink()
+    caption_pictures(data, said, table)
+    with pytest.raises(InputError, match='begun by said with another prompt'):
+        continue_table(table, said.about | dict(prompt='a photo of'))
+    assert continue_table(table, said.about | dict(model='moved/said')) == dict(rows(table)[1:])
+    whole = table.read_bytes()
+    for data_now, problem in [(whole.replace(b'","', b'";"'), 'with commas'), (whole.decode().encode('utf-16'), 'UTF-8')]:
+        table.write_bytes(data_now)
+        with pytest.raises(InputError, match=problem): caption_pictures(data, said, table)
+    with pytest.raises(InputError, match='name it captions.csv'): caption_pictures(data, said, tmp_path/'captions.xlsx')
+
+def test_names(pictures, tmp_path):
+    assert caption_names(toy_flowers(DataConfig(n_images=8)).subset([2, 5])) == ['train 2', 'train 5']
+    assert '1/"1", Blüte.png' in caption_names(dataset(pictures))
+    pyarrow = pytest.importorskip('pyarrow')
+    import pyarrow.parquet
+    files = sorted(pictures.rglob('*.png'))[-3:]
+    pyarrow.parquet.write_table(pyarrow.table(dict(image=[p.read_bytes() for p in files], text=['']*3)), tmp_path/'x.parquet')
+    captions, failures = caption_pictures(dataset(tmp_path/'x.parquet'), said, tmp_path/'x.csv')
+    assert (list(captions), failures) == ([f'x.parquet row {i}' for i in range(3)], {})
+
+def test_whole_rows_only(tmp_path):
+    append_rows(tmp_path/'none.csv', 'text', [])
+    assert not (tmp_path/'none.csv').exists()
+
+# Failures ------------------------------------------------------------------------------------------------------------
+
+def failing(bad, error):
+    "Says the number of a flower, and fails on batches with one of `bad`"
+    def caption(images):
+        if any(image.number in bad for image in images): raise error
+        return [f'flower {image.number}' for image in images]
+    caption.about = said.about
+    return caption
+
+@pytest.fixture
+def numbered(monkeypatch):
+    "Forty pictures that are only numbers"
+    monkeypatch.setattr('t2i_nb.captions.open_image', lambda source: source)
+    data = toy_flowers(DataConfig(n_images=40))
+    data.image = lambda i: SimpleNamespace(number=i, convert=None)
+    return data
+
+def test_a_few_fail(numbered, tmp_path):
+    "Failures do not stop the rest, even more than eight in a row, and are tried again"
+    bad = {3, *range(10, 25)}
+    captions, failures = caption_pictures(numbered, failing(bad, ValueError('odd\nlines')), tmp_path/'c.csv', batch=4)
+    assert failures == {f'train {i}': 'ValueError: odd' for i in sorted(bad)}
+    assert captions == {f'train {i}': f'flower {i}' for i in range(40) if i not in bad}
+    captions, failures = caption_pictures(numbered, failing({3}, ValueError('odd')), tmp_path/'c.csv', batch=4)
+    assert len(captions) == 39 and list(failures) == ['train 3'] and len(rows(tmp_path/'c.failures.csv')) == 2
+
+def test_broken_later(numbered, tmp_path):
+    "A model that worked and does not any more stops the run"
+    calls = iter(range(10**9))
+    def caption(images):
+        if next(calls) > 3: raise RuntimeError('device-side assert')
+        return ['a flower']*len(images)
+    caption.about = said.about
+    with pytest.raises(InputError, match="8 pictures in a row, the last time with 'RuntimeError: device-side assert'"):
+        caption_pictures(numbered, caption, tmp_path/'c.csv', batch=4)
+    assert len(rows(tmp_path/'c.csv')) == 1 + 16
+
+def test_memory(numbered, tmp_path):
+    assert out_of_memory(MemoryError()) and out_of_memory(RuntimeError('CUDA error: out of memory'))
+    assert out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"))
+    assert not out_of_memory(RuntimeError('shapes')) and not out_of_memory(ValueError('out of memory'))
+    sizes, told = [], []
+    def caption(images):
+        sizes.append(len(images))
+        if len(images) > 2: raise RuntimeError('MPS backend out of memory')
+        return ['a flower']*len(images)
+    caption.about = said.about
+    captions, failures = caption_pictures(numbered, caption, tmp_path/'c.csv', batch=8, log=told.append)
+    assert (len(captions), failures, sizes[:2], set(sizes[2:]), len(told)) == (40, {}, [8, 4], {2}, 2)
+
+# Models that cannot caption ------------------------------------------------------------------------------------------
+
+def test_refused_models(models, tmp_path):
+    chat = tmp_path/'chat'
+    shutil.copytree(models/'florence2', chat)
+    (chat/'chat_template.jinja').write_text('{{ messages }}')
+    with pytest.raises(InputError, match='wants a conversation'): load_captioner(chat)
+    weights = models/'blip'/'model.safetensors'
+    whole = safetensors.torch.load_file(weights)
+    lacking = {k: v for k, v in whole.items() if 'crossattention.self.key' not in k}
+    try:
+        safetensors.torch.save_file(lacking, weights, metadata=dict(format='pt'))
+        with pytest.raises(InputError, match='lack 2 tensors.*would be random'): load_captioner(models/'blip')
+    finally: safetensors.torch.save_file(whole, weights, metadata=dict(format='pt'))
+    with pytest.raises(InputError, match='there is no captioning model'): load_captioner(tmp_path)
+
+def test_cpu_computes_in_fp32(models):
+    model = load_captioner(models/'blip').model
+    assert str(model.dtype) == 'torch.float32' and not model.training
