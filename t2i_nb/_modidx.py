@@ -96,6 +96,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             't2i_nb.cli.all_pixels': ('cli.html#all_pixels', 't2i_nb/cli.py'),
                             't2i_nb.cli.bar': ('cli.html#bar', 't2i_nb/cli.py'),
                             't2i_nb.cli.cache': ('cli.html#cache', 't2i_nb/cli.py'),
+                            't2i_nb.cli.caption': ('cli.html#caption', 't2i_nb/cli.py'),
                             't2i_nb.cli.caption_limit': ('cli.html#caption_limit', 't2i_nb/cli.py'),
                             't2i_nb.cli.check_features': ('cli.html#check_features', 't2i_nb/cli.py'),
                             't2i_nb.cli.check_least': ('cli.html#check_least', 't2i_nb/cli.py'),

@@ -7,7 +7,7 @@ __all__ = ['torch', 'tqdm', 'plt', 'safetensors_numpy', 'COMMANDS', 'OVERVIEW', 
            'command', 'HelpFormatter', 'make_parser', 'overview', 'find_command', 'run_command', 'tell',
            'format_result', 'main', 'key_value', 'read_recipe', 'run_folder', 'check_least', 'make_folder',
            'find_pipeline', 'sampling_settings', 'hush', 'bar', 'caption_limit', 'scan_pictures', 'scan', 'data_get',
-           'grid_prompts', 'prepare', 'fit', 'cache', 'train', 'sample', 'score_lines', 'check_features',
+           'caption', 'grid_prompts', 'prepare', 'fit', 'cache', 'train', 'sample', 'score_lines', 'check_features',
            'open_pictures', 'tell_pictures', 'evaluate', 'draw_grid', 'demo', 'all_pixels', 'check_vae_folder',
            'vae_train', 'check_vae', 'vae_evaluate', 'vae_encode', 'vae_decode']
 
@@ -28,6 +28,7 @@ from typing import Annotated
 from fastcore.script import anno_parser
 from safetensors import SafetensorError
 import t2i_nb
+from .captioner import caption_pictures, load_captioner
 from .captions import TextConfig, check_prompt_length, count_tokens, encoder_places, load_text_encoder
 from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, image_grid, keyed_rng, lazy, load_config,
                          nearest, package_dir, save_config, show_images, to_dict, to_pil)
@@ -328,6 +329,36 @@ def data_get(
     folder = get_data(name, root, tell, bar('megabytes'))
     where = f' --set data.root={root}' if root != 'data' and not str(folder).startswith('hf:') else ''
     return {'data': folder, 'next': f't2i scan {name}{where}'}
+
+# %% ../nbs/09_cli.ipynb #de43ca17
+@command('caption', 't2i caption photos', 't2i caption photos --model Salesforce/blip-image-captioning-base',
+         't2i caption photos --prompt "<MORE_DETAILED_CAPTION>" --out photos.csv',
+         't2i caption photos   # again: goes on with what is not in the table yet')
+def caption(
+    source:str,               # folder, .zip or .parquet file, hf:NAME, or a set by name; nothing in it is changed
+    model:str='florence-community/Florence-2-base', # on the Hugging Face hub, or a folder
+    prompt:str=None,          # Florence-2: a task word; BLIP: how each caption begins; the model's own if not given
+    out:Path=None,            # table to write, .csv; captions/SOURCE.csv if not given
+    batch:int=8,              # pictures at a time; fewer by itself when memory runs out
+    max_new_tokens:int=60,    # longest caption; CLIP hears 77 tokens
+    only_missing:bool=False,  # only pictures that have no caption?
+    set:Overrides=None        # changes to the recipe `folder`, e.g. data.image_column=picture
+)->dict:                      # the table
+    "Caption pictures with a model that looks at them"
+    given = apply_overrides(load_config(find_recipe('folder'), RunConfig), set or []).data
+    data = load_dataset(replace(given, source=source, templates=() if only_missing else ('a picture',)), 'test')
+    if only_missing: data = data.subset([i for i, c in enumerate(data.captions) if not c])
+    out = Path(out or Path('captions')/f'{Path(source).expanduser().resolve().stem}.csv')
+    check_least('--batch', batch); check_least('--max-new-tokens', max_new_tokens)
+    if not len(data): raise InputError(f"all pictures of {source} have captions")
+    if out.name == 'metadata.csv': raise InputError(f"--out {out} would be read as the folder's own captions; use another name")
+    make_folder(out)
+    hush()
+    captions, failures = caption_pictures(data, load_captioner(model, best_device(), prompt, max_new_tokens), out, batch, tell,
+                                          bar('captions'))
+    for name, reason in list(failures.items())[:20]: tell(f'{name}: {reason}')
+    return {'captions': len(captions), 'failures': len(failures), 'table': out,
+            'next': f't2i train folder --set data.source={source} data.captions_file={out}'}
 
 # %% ../nbs/09_cli.ipynb #3bdb2e45
 def grid_prompts(

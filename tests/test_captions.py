@@ -64,6 +64,6 @@ def test_minilm_cache_survives(tmp_path):
     cache = build_text_cache(['a rose', 'a tulip', 'a rose'], tokenizer, encoder, tmp_path)
     assert cache.states.shape == (3, 16, 384)
     again = build_text_cache(['a tulip'], tokenizer, encoder, tmp_path)
-    assert torch.equal(again.states, cache.states) and again.rows(['', 'a tulip']).tolist() == [0, 2]
-    with pytest.raises(InputError, match='another text encoder'):
-        build_text_cache(['a rose'], *load_text_encoder(TextConfig('minilm', max_length=17)), tmp_path)
+    assert torch.equal(again.states[:], cache.states[[0, 2]]) and again.rows(['', 'a tulip']).tolist() == [0, 1]
+    assert build_text_cache(['a rose'], *load_text_encoder(TextConfig('minilm', max_length=17)), tmp_path).states.shape == (2, 17, 384)
+    assert len(list(tmp_path.iterdir())) == 2 # another length is another folder
