@@ -613,22 +613,30 @@ def check_vae_folder(
     return made['reached']['images_seen'] if made else 0
 
 # %% ../nbs/09_cli.ipynb #180b5b5d
-@command('vae train', 't2i vae train folder --out runs/vae --set data.source=photos', 't2i vae train demo --minutes 20')
+@command('vae train', 't2i vae train folder --out runs/vae --set data.source=photos', 't2i vae train demo --minutes 20',
+         't2i vae train folder --start stabilityai/sd-vae-ft-mse --n-images 24000 --lr 1e-4 --kl-warmup 0.25 --set data.source=photos')
 def vae_train(
-    recipe:str,            # its data and vae sections say which pictures and which architecture
+    recipe:str,            # its data section says which pictures, its vae section which architecture a new VAE has
+    start:str='',          # VAE to fine-tune: tiny, a folder or a hub name; a new one if not given
     out:Path=None,         # diffusers folder to write; runs/RECIPE-vae if not given
     n_images:int=300_000,  # pictures to train on in all
     batch:int=8,           # pictures per step
-    lr:float=2e-3,         # peak learning rate
+    lr:float=2e-3,         # peak learning rate; a tenth or less for a large pretrained VAE
+    kl_weight:float=5e-4,  # weight of the divergence from a standard normal
+    kl_warmup:float=0.,    # share of the pictures over which that weight rises from 0
+    feature_weight:float=0., # weight of the distance between EfficientNet-lite0 features; 0 leaves it out
     minutes:float=None,    # stop after so many; the same command goes on
     set:Overrides=None     # changes to the recipe, e.g. vae.latent_channels=8
 )->dict:                   # what was reached
-    "Train a VAE; every five minutes the folder gets the newest averaged weights"
+    "Train or fine-tune a VAE; every five minutes the folder gets the newest averaged weights"
     check_least('--n-images', n_images)
     check_least('--batch', batch)
     if minutes is not None and minutes <= 0: raise InputError(f"--minutes is {minutes:g}; use more than 0")
     cfg, out = read_recipe(recipe, set), Path(out or f'runs/{Path(recipe).stem}-vae')
-    wanted, steps = replace(cfg.vae, name='new'), VAETrainConfig(n_images, batch, lr)
+    if start: check_vae(start)
+    wanted = replace(cfg.vae, name=start or 'new')
+    steps = VAETrainConfig(n_images, batch, lr, kl_weight=kl_weight, kl_warmup=kl_warmup, feature_weight=feature_weight)
+    if not 0 <= kl_warmup <= 1: raise InputError(f"--kl-warmup is {kl_warmup:g}; use a share from 0 to 1")
     check_run(replace(cfg, vae=wanted))
     data = cfg.data
     if data.source == 'toy_flowers': # of a folder the seed moves the split, and it has the pictures it has

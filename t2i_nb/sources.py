@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['parquet', 'IMAGE_SUFFIXES', 'OFFICIAL', 'HAIR', 'FACE', 'WEARING', 'ADJECTIVES', 'KNOWN_SETS', 'HUB_NAMES', 'Source',
-           'as_captions', 'read_table', 'listing', 'read_text', 'folder_source', 'class_names', 'read_parquet',
-           'joined', 'parquet_source', 'load_hub', 'hub_source', 'cifar10_source', 'flowers102_source', 'describe_face',
-           'celeba_table', 'celeba_source', 'KnownSet', 'lacking', 'download', 'get_data', 'Words', 'fill_templates',
-           'recaption', 'read_source', 'load_dataset']
+           'as_captions', 'photo_of', 'read_table', 'listing', 'read_text', 'folder_source', 'class_names',
+           'read_parquet', 'joined', 'parquet_source', 'load_hub', 'hub_source', 'cifar10_source', 'flowers102_source',
+           'describe_face', 'celeba_table', 'celeba_source', 'KnownSet', 'lacking', 'download', 'get_data', 'Words',
+           'fill_templates', 'recaption', 'read_source', 'load_dataset']
 
 # %% ../nbs/00b_sources.ipynb #93416e37
 import csv
@@ -50,6 +50,12 @@ def as_captions(
     "The captions of one picture"
     texts = [value] if isinstance(value, str) else [] if value is None else list(value)
     return tuple(t for t in (' '.join(str(t).split()) for t in texts) if t) or ('',)
+
+def photo_of(
+    name:str # of a class
+)->str:      # '' for ''
+    "The caption of a picture of which only the class is known"
+    return name and f"a photo of {'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 # %% ../nbs/00b_sources.ipynb #4822ad57
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
@@ -114,7 +120,7 @@ def folder_source(
         folders = [n.split('/')[-2].replace('_', ' ') if '/' in n else '' for n in files]
         folders = ['' if f in OFFICIAL else f for f in folders]
         captions = [as_captions(read_text(opened(sidecars[n]), root/sidecars[n]).splitlines()) if sidecars[n] in known
-                    else f'a photo of a {f}' if f else '' for n, f in zip(files, folders)]
+                    else photo_of(f) for n, f in zip(files, folders)]
         attributes = [dict(label=f) if f else {} for f in folders]
         said = set(sidecars.values())
         lonely = tuple(n for n in names if n.endswith('.txt') and n not in said)
@@ -230,7 +236,7 @@ def cifar10_source(
         labels = [classes[k] for k in rows[:, 0]]
         def image(i, rows=rows): return Image.fromarray(np.array(rows[i, 1:].reshape(3, 32, 32).transpose(1, 2, 0)))
         split = 'test' if f == 'test_batch.bin' else 'train'
-        parts.append(Source(image, [f"a photo of {'an' if c[0] in 'aeiou' else 'a'} {c}" for c in labels],
+        parts.append(Source(image, [photo_of(c) for c in labels],
                             [f'{f} row {i}' for i in range(len(rows))], [dict(label=c) for c in labels], [split]*len(rows)))
     return joined(parts)
 

