@@ -2,7 +2,7 @@
 
     python bench/vae_finetune.py --run-dir runs/vae_finetune
 
-Needs the test data (`tests/conftest.py` says where it is looked for): `flowers12`, 684 photographs to train on, 240 to judge by,
+Needs the test data (`tests/conftest.py` says where it is looked for): `flowers12`, 720 photographs to train on, 240 to judge by,
 without those that are near duplicates of training photographs. The test photographs are read at the end only; nothing is chosen
 by them. Resumable: the same command goes on. Writes
 bench/results/vae_finetune.json, and in the run directory the fine-tuned VAE and pictures before and after."""

@@ -9,7 +9,7 @@ __all__ = ['torch', 'tqdm', 'plt', 'safetensors_numpy', 'COMMANDS', 'OVERVIEW', 
            'find_pipeline', 'sampling_settings', 'hush', 'bar', 'caption_limit', 'scan_pictures', 'scan', 'data_get',
            'caption', 'grid_prompts', 'prepare', 'fit', 'cache', 'train', 'sample', 'score_lines', 'check_features',
            'open_pictures', 'tell_pictures', 'evaluate', 'draw_grid', 'demo', 'all_pixels', 'check_vae_folder',
-           'vae_train', 'check_vae', 'vae_evaluate', 'vae_encode', 'vae_decode']
+           'vae_train', 'check_vae', 'vae_prior', 'vae_evaluate', 'vae_encode', 'vae_decode']
 
 # %% ../nbs/09_cli.ipynb #55cf03b5
 import argparse
@@ -35,6 +35,7 @@ from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe
 from .data import DataConfig, image_to_tensor
 from .evaluation import (Evaluation, evaluate as evaluate_run, load_function, open_prompts, save_evaluation,
                                score_prompts, summary, unseen_pictures, vae_report)
+from .prior import PriorConfig, load_prior, made_for, prior_report, save_prior, train_prior
 from .scan import duplicate_grid, example_grid, load_usable, picture_findings, plot_attributes, scan as scan_source
 from .sources import IMAGE_SUFFIXES, get_data, load_dataset, read_source
 from .train import (Components, RunConfig, SampleConfig, TrainState, averaged, check_run, check_sampler,
@@ -272,6 +273,7 @@ def caption_limit(
         return None, 0
     return lambda captions: count_tokens(tokenizer, captions), tokenizer.model_max_length
 
+# %% ../nbs/09_cli.ipynb #fdc43add
 def scan_pictures(
     table,       # Source
     report:dict, # from `scan`
@@ -287,6 +289,7 @@ def scan_pictures(
         (out/name).unlink(missing_ok=True)
         if figure: figure.savefig(out/name); plt.close(figure)
 
+# %% ../nbs/09_cli.ipynb #2de38451
 @command('scan', 't2i scan photos', 't2i scan photos.zip', 't2i scan photos.parquet --set data.caption_column=caption',
          't2i scan photos --recipe my_recipe.yaml --out reports/photos')
 def scan(
@@ -434,7 +437,8 @@ def train(
 # %% ../nbs/09_cli.ipynb #febdd489
 @command('sample', 't2i sample runs/demo "a large red flower with five round petals at night"',
          't2i sample runs/mine "a tulip" "a rose" --seed 7 --out flowers.png',
-         't2i sample runs/mine "a tulip" --guidance-scale 1 --sampler heun --num-inference-steps 30')
+         't2i sample runs/mine "a tulip" --guidance-scale 1 --sampler heun --num-inference-steps 30',
+         't2i sample runs/mine "a tulip" --start-level 0.7   # after t2i vae prior runs/mine')
 def sample(
     run_dir:Path,                  # a run, or a folder in diffusers' layout
     *prompts:Annotated[str, dict(nargs='+')], # one or more; several make a grid
@@ -443,7 +447,8 @@ def sample(
     num_inference_steps:int=None,  # denoising steps; the run's if not given
     guidance_scale:float=None,     # 1 is none; the run's if not given
     negative_prompt:str=None,      # what to steer away from
-    sampler:str=None               # dpmpp_2m, euler, heun or ddim; the run's if not given
+    sampler:str=None,              # dpmpp_2m, euler, heun or ddim; the run's if not given
+    start_level:float=None         # noise level in (0, 1] at which the run's prior takes over the steps before; none if not given
 )->dict:                           # the file
     "Draw pictures from prompts"
     folder, how = find_pipeline(run_dir), sampling_settings(run_dir, num_inference_steps, guidance_scale, sampler)
@@ -454,6 +459,7 @@ def sample(
     hush()
     from t2i_nb.sampling import load_pipeline, sample as draw_pictures
     pipeline, seeds = load_pipeline(folder).to(best_device()), [seed + i for i in range(len(prompts))]
+    if start_level is not None: how |= dict(prior=load_prior(Path(run_dir)/'prior'), start_level=start_level)
     images = draw_pictures(pipeline, list(prompts), seeds, negative_prompt=negative_prompt or '', **how)
     (image_grid(images, min(8, len(images))) if len(images) > 1 else images[0]).save(out)
     return {'picture': out}
@@ -607,8 +613,8 @@ def check_vae_folder(
     if (folder/'data.yaml').is_file(): there['data'] = to_dict(load_config(folder/'data.yaml', DataConfig))
     wanted = dict(architecture=to_dict(cfg), training=to_dict(recipe), data=to_dict(data))
     there, here = flat(there), flat(json.loads(json.dumps({k: wanted[k] for k in there}))) # tuples become lists
-    for k in here:
-        if there.get(k) != here[k]: raise InputError(f"{folder} holds a VAE with {k} = {there.get(k)}, not {here[k]}; "
+    for k in sorted(here.keys() & there.keys()): # a folder from before an option has no value for it
+        if there[k] != here[k]: raise InputError(f"{folder} holds a VAE with {k} = {there[k]}, not {here[k]}; "
                                                      "use that value, or another --out")
     return made['reached']['images_seen'] if made else 0
 
@@ -661,6 +667,24 @@ def check_vae(
     "Refuse a VAE that is not there, without loading anything"
     if vae != 'tiny' and not (Path(vae)/'config.json').is_file() and (Path(vae).exists() or vae.count('/') != 1):
         raise InputError(f"there is no VAE in '{vae}' (no config.json); give tiny, a diffusers folder, or a hub name")
+
+@command('vae prior', 't2i vae prior runs/mine', 't2i vae prior runs/mine --n-images 400000')
+def vae_prior(
+    run_dir:Path,         # a run that t2i train has prepared
+    n_images:int=200_000  # pictures to train the prior on in all
+)->dict:                  # what was reached
+    "Train a network that guesses a run's latents from the words, for t2i sample --start-level"
+    path = Path(run_dir)/'config.yaml'
+    if not path.is_file(): raise InputError(f"there is no run {run_dir}; give the folder that t2i train or t2i demo made")
+    check_least('--n-images', n_images)
+    cfg = load_config(path, RunConfig)
+    models, data, held = prepare(cfg, run_dir)
+    for state in train_prior(data.mean[:], data.states[:], data.rows, PriorConfig(n_images=n_images), best_device()):
+        tell(f'{state.images_seen:,} of {n_images:,} pictures, {state.nll:.3f} nats per number')
+    state.prior.made_for = made_for(models.vae, models.tokenizer, models.text_encoder)
+    save_prior(state.prior, Path(run_dir)/'prior')
+    nats = prior_report(state.prior, held.mean[:], held.states[:], held.rows)
+    return {f'nats per number, {k}': v for k, v in nats.items()} | {'folder': Path(run_dir)/'prior'}
 
 @command('vae evaluate', 't2i vae evaluate tiny', 't2i vae evaluate runs/vae --source photos --size 128')
 def vae_evaluate(

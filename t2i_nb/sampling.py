@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['torch', 'diffusers', 'SCHEDULERS', 'FLOW_SCHEDULERS', 'TextToImagePipeline', 'build_pipeline', 'save_pipeline',
-           'load_pipeline', 'make_scheduler', 'set_steps', 'make_generators', 'initial_noise', 'guide', 'denoise',
-           'class_labels', 'draw', 'sample', 'grid_maker']
+           'load_pipeline', 'make_scheduler', 'set_steps', 'make_generators', 'initial_noise', 'guide', 'first_step',
+           'noised', 'denoise', 'class_labels', 'draw', 'sample', 'grid_maker']
 
 # %% ../nbs/06_sampling.ipynb #23d72ba4
 import re
@@ -13,6 +13,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from .captions import encode_prompts
 from .core import InputError, Tensor, image_grid, lazy, to_pil
+from .prior import check_prior, sample_prior
 from .train import Components, RunConfig, check_sampler
 from .unet import Objective
 from .vae import decode_latents, unfold_pixels
@@ -149,6 +150,34 @@ def guide(
     return out*(1 + guidance_rescale*(std(cond)/std(out) - 1))
 
 # %% ../nbs/06_sampling.ipynb #b07e13c9
+def first_step(
+    scheduler,        # stock scheduler whose steps are set
+    start_level:float # noise level, as timestep/1000, in (0, 1]
+)->int:               # index into `scheduler.timesteps`; UNet passes are saved for those before it
+    "The first step that begins at `start_level` or below"
+    if not 0 < start_level <= 1: raise InputError(f"start_level is {start_level:g}; use a noise level above 0, at most 1")
+    n = scheduler.config.num_train_timesteps
+    late = (scheduler.timesteps > start_level*n + .5).sum().item()
+    late += late % getattr(scheduler, 'order', 1) # heun lists every timestep but the first twice
+    if late < len(scheduler.timesteps): return late
+    lowest = scheduler.timesteps[-1].item()/n
+    raise InputError(f"no step begins at start_level {start_level:g} or below: the last begins at {lowest:.2g}; "
+                     "use more steps or a higher level")
+
+def noised(
+    scheduler,    # stock scheduler whose steps are set
+    first:int,    # index of the step that will come next
+    start:Tensor, # clean latents (b, c, h, w)
+    noise:Tensor  # standard normal, same shape
+)->Tensor:        # what the step expects as its `sample`
+    "`start` with as much noise as step `first` expects"
+    if hasattr(scheduler, 'set_begin_index'): scheduler.set_begin_index(first)
+    add = getattr(scheduler, 'scale_noise', None) or scheduler.add_noise # flow classes; all others
+    t = scheduler.timesteps[first:first + 1]
+    return torch.cat([add(x[None], t, e[None]) if add.__name__ == 'scale_noise' else add(x[None], e[None], t)
+                      for x, e in zip(start, noise)])
+
+# %% ../nbs/06_sampling.ipynb #4d7bcd96
 def denoise(
     unet,                    # the denoiser
     scheduler,               # a stock scheduler
@@ -159,12 +188,16 @@ def denoise(
     guidance_scale:float=3., # 1 is none and costs one pass a step
     guidance_rescale:float=0., # share of the standard deviation to restore, 0 to 1
     guidance_interval:tuple=(0., 1.), # noise levels, as timestep/1000, at which guidance acts
-    callback=None            # called with (step, timestep, latents) after each step
+    callback=None,           # called with (step, timestep, latents) after each step
+    start:Tensor=None,       # clean latents to begin with, same shape as `noise`; None begins with noise alone
+    start_level:float=1.     # noise level, as timestep/1000, to which `start` is noised; higher steps are left out
 )->Tensor:                   # (b, c, h, w)
     "Take `noise` to clean latents"
     set_steps(scheduler, num_inference_steps)
-    x, (low, high) = noise*getattr(scheduler, 'init_noise_sigma', 1.), guidance_interval
-    for i, t in enumerate(scheduler.timesteps):
+    first, (low, high) = 0 if start is None else first_step(scheduler, start_level), guidance_interval
+    if start is None: x = noise*getattr(scheduler, 'init_noise_sigma', 1.)
+    else: x = noised(scheduler, first, start, noise)
+    for i, t in enumerate(scheduler.timesteps[first:]):
         inputs = scheduler.scale_model_input(x, t) if hasattr(scheduler, 'scale_model_input') else x
         guided = guidance_scale != 1 and low <= float(t)/scheduler.config.num_train_timesteps <= high
         with torch.no_grad():
@@ -197,6 +230,8 @@ def draw(
     guidance_scale:float=3.,
     negative_prompt:str='',    # what to steer away from; empty is the null prompt
     sampler:str='dpmpp_2m',
+    prior=None,                # `LatentPrior` whose samples are the start; None starts from noise
+    start_level:float=1.,      # with a prior: noise level, as timestep/1000, to start from
     **kwargs                   # guidance_rescale, guidance_interval and callback of `denoise`
 )->Tensor:                     # (b, 3, h, w), about [-1, 1], not clipped
     "Pictures as tensors, one per prompt and generator"
@@ -204,11 +239,14 @@ def draw(
     encode = lambda texts: encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts).to(device)
     size = unet.config.sample_size
     noise = initial_noise(generators, (unet.config.in_channels, size, size)).to(device)
-    null = encode([negative_prompt]).expand(len(prompts), -1, -1)
     labels = class_labels(unet, [negative_prompt]*b + list(prompts)) # of the doubled batch; None without classes
     told = lambda x, t, states: unet(x, t, states, None if labels is None else labels[-len(x):].to(device))
-    x = denoise(told, make_scheduler(pipeline.scheduler, sampler), noise, encode(list(prompts)), null,
-                num_inference_steps, guidance_scale, **kwargs)
+    null, states = encode([negative_prompt]).expand(b, -1, -1), encode(list(prompts))
+    if prior is not None:
+        check_prior(prior, pipeline)
+        kwargs |= dict(start=sample_prior(prior, states, generators), start_level=start_level)
+    x = denoise(told, make_scheduler(pipeline.scheduler, sampler), noise, states, null, num_inference_steps,
+                guidance_scale, **kwargs)
     vae = getattr(pipeline, 'vae', None)
     return decode_latents(vae, x) if vae is not None else unfold_pixels(x)
 
@@ -223,7 +261,7 @@ def sample(
     sampler:str='dpmpp_2m',      # dpmpp_2m, euler, heun or ddim
     batch_size:int=64,           # pictures drawn at once
     progress=iter,               # wraps the batches, e.g. tqdm
-    **kwargs                     # guidance_rescale, guidance_interval and callback of `denoise`
+    **kwargs                     # prior and start_level of `draw`; guidance_rescale, guidance_interval of `denoise`
 )->list:                         # PIL images
     "One picture per prompt and seed"
     if len(prompts) != len(seeds):

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from .core import InputError, lazy
 from .data import DataConfig, ImageCaptionDataset, open_image
-from .sources import Source, load_dataset, read_source
+from .sources import Source, load_dataset
 
 # %% ../nbs/00c_scan.ipynb #e6be4b63
 plt = lazy('matplotlib.pyplot')

@@ -17,7 +17,6 @@ import io
 import json
 import os
 import re
-import shutil
 import tarfile
 import urllib.error
 import urllib.request
@@ -195,6 +194,7 @@ def load_hub(
         raise InputError(f"the hub set '{name}' cannot be loaded ({type(e).__name__}: {reason}); check name, connection and "
                          "HF_TOKEN, or download it by hand and name the folder") from None
 
+# %% ../nbs/00b_sources.ipynb #5e6a5f17
 def hub_source(
     name:str,      # owner/name, or a local folder in the hub's layout
     cfg:DataConfig # names of the image and caption columns
@@ -265,6 +265,7 @@ WEARING = dict(Eyeglasses='glasses', Wearing_Earrings='earrings', Wearing_Hat='a
                Wearing_Necklace='a necklace', Wearing_Necktie='a necktie', Heavy_Makeup='heavy make-up')
 ADJECTIVES = dict(Smiling='smiling', Young='young', Bald='bald', Chubby='chubby', Attractive='attractive')
 
+# %% ../nbs/00b_sources.ipynb #3cfc91a5
 def describe_face(
     attributes:dict,    # the forty names of CelebA, each true or false
     rng,                # random.Random: what is left out
@@ -324,6 +325,7 @@ class KnownSet:
     files:tuple=()    # (address, MD5) of archives to download and unpack
     by_hand:str=''    # what to fetch by hand, and where to put it
 
+# %% ../nbs/00b_sources.ipynb #86d9fe95
 KNOWN_SETS = dict(
     cifar10=KnownSet(cifar10_source, '60,000 pictures of 32 x 32 pixels in ten classes (Krizhevsky 2009)',
         'no licence is stated; used freely in research', ('cifar-10-batches-bin/test_batch.bin', 'cifar-10-batches-bin/data_batch_5.bin'),
@@ -338,6 +340,7 @@ KNOWN_SETS = dict(
         'list_eval_partition.txt and, if wanted, list_bbox_celeba.txt and list_landmarks_align_celeba.txt into {root}'))
 HUB_NAMES = dict(pokemon='diffusers/pokemon-gpt4-captions')
 
+# %% ../nbs/00b_sources.ipynb #fb6608aa
 def lacking(
     name:str, # of a known set
     root:Path # its folder
@@ -346,7 +349,7 @@ def lacking(
     there = lambda n: any((root/f'{n}{s}').exists() for s in ('', '.txt', '.csv'))
     return [n for n in KNOWN_SETS[name].needs if not there(n)]
 
-# %% ../nbs/00b_sources.ipynb #86d9fe95
+# %% ../nbs/00b_sources.ipynb #df7ac98b
 def download(
     url:str,        # address
     path:Path,      # where to put it
@@ -377,6 +380,7 @@ def download(
             raise InputError(f"{url} arrived damaged: its MD5 is {found} instead of {md5}; it was deleted, run the same command again")
     return path
 
+# %% ../nbs/00b_sources.ipynb #64f5639e
 def get_data(
     name:str,               # cifar10, flowers102, pokemon, celeba or hf:NAME
     root='data',            # the set gets a folder of its own in here

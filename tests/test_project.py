@@ -107,7 +107,8 @@ def test_core_alone_suffices(project):
     done = fresh(code, str(project/'tools'))
     assert done.returncode == 0, done.stderr
 
-def test_missing_dependency_is_named(project, tmp_path):
+@pytest.mark.parametrize('source', ('pictures.parquet', 'hf:somebody/pictures'))
+def test_missing_dependency_is_named(source, project, tmp_path):
     "Known defect n, second half: a feature whose dependency is missing says what to install"
     (tmp_path/'pictures.parquet').write_bytes(b'PAR1')
     code = '''import sys; sys.path.insert(0, sys.argv[1]); import core_only; core_only.block_all_but_core()
@@ -115,8 +116,18 @@ from t2i_nb.core import InputError
 from t2i_nb.data import DataConfig; from t2i_nb.sources import load_dataset
 try: load_dataset(DataConfig(source=sys.argv[2]))
 except InputError as e: print(e)'''
-    done = fresh(code, str(project/'tools'), str(tmp_path/'pictures.parquet'))
+    done = fresh(code, str(project/'tools'), source if ':' in source else str(tmp_path/source))
     assert 'pip install' in done.stdout and '[data]' in done.stdout, done.stdout + done.stderr
+
+def test_missing_features_are_named(project):
+    "The same of the feature network that fine-tuning may use"
+    code = '''import sys; sys.path.insert(0, sys.argv[1]); import core_only; core_only.block_all_but_core()
+from t2i_nb.core import InputError
+from t2i_nb.vae import feature_maps
+try: feature_maps()
+except InputError as e: print(e)'''
+    done = fresh(code, str(project/'tools'))
+    assert 'pip install efficientnet-lite-pytorch' in ' '.join(done.stdout.split()), done.stdout + done.stderr
 
 # The command ---------------------------------------------------------------------------------------------------------------
 

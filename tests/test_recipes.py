@@ -38,8 +38,24 @@ def test_two_steps(name, tmp_path, monkeypatch, capsys):
     stock = bool(cfg.vae.name) and not cfg.data.label # what plain diffusers can draw
     assert index['_class_name'] == ('StableDiffusionPipeline' if stock else 'TextToImagePipeline')
     assert main(['sample', str(run), 'a red flower', '--out', str(tmp_path/'a.png'), '--num-inference-steps', '2']) == 0
+    if name == 'demo': # the prior: refused where there is none, then trained and drawn from
+        late = ['sample', str(run), 'a red flower', '--out', str(tmp_path/'a.png'), '--start-level', '0.7', '--num-inference-steps', '4']
+        capsys.readouterr()
+        assert main(late) == 2 and 'prior' in capsys.readouterr().err
+        assert main(['vae', 'prior', str(run), '--n-images', '256']) == 0 and main(late) == 0
     from PIL import Image # b: drawn at the size it was trained at
     with Image.open(tmp_path/'a.png') as image: assert image.size == (cfg.data.size, cfg.data.size)
+
+def test_two_caches_at_once(tmp_path):
+    "Two processes of `t2i cache` on one run share the work: what they leave is what one leaves"
+    import subprocess, sys
+    words = ['cache', 'demo', '--set', 'data.n_images=1100']
+    code = 'import sys; from t2i_nb.cli import main; sys.exit(main(sys.argv[1:]))'
+    def start(run): return subprocess.Popen([sys.executable, '-c', code, *words, '--run-dir', str(tmp_path/run)], stdout=subprocess.DEVNULL)
+    pair = [start('two'), start('two')]
+    assert [p.wait() for p in pair] == [0, 0] and start('one').wait() == 0
+    files = lambda run: {p.relative_to(tmp_path/run): p.read_bytes() for p in (tmp_path/run/'cache').rglob('*') if p.is_file()}
+    assert files('two') == files('one') and len(files('one')) >= 4
 
 def test_a_prompt_tells_its_class(tmp_path):
     layouts.cifar10(tmp_path)
