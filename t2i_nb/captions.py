@@ -476,7 +476,8 @@ def build_text_cache(
 )->TextCache:
     "Encode each unique caption, and the null prompt, once"
     wanted = ['', *sorted(set(captions) - {''})]
-    def encode(at): return encode_prompts(tokenizer, text_encoder, [wanted[i] for i in at]).half().cpu() # (b, tokens, dim)
+    def encode(at):
+        return encode_prompts(tokenizer, text_encoder, [wanted[i] for i in at]).half().cpu() # (b, tokens, dim)
     if folder:
         folder, keys = Path(folder)/f'text-{encoder_fingerprint(tokenizer, text_encoder)}', [row_key(c) for c in wanted]
         fill(folder, keys, lambda at: dict(states=encode(at).numpy()), batch, progress=progress)

@@ -30,7 +30,8 @@ from safetensors import SafetensorError
 import t2i_nb
 from .captioner import caption_pictures, load_captioner
 from .captions import TextConfig, check_prompt_length, count_tokens, encoder_places, load_text_encoder
-from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, image_grid, keyed_rng, lazy, load_config,
+from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, image_grid, keyed_rng, lazy,
+                         load_config,
                          nearest, package_dir, save_config, show_images, to_dict, to_pil)
 from .data import DataConfig, image_to_tensor
 from .evaluation import (Evaluation, evaluate as evaluate_run, load_function, open_prompts, save_evaluation,
@@ -282,7 +283,8 @@ def scan_pictures(
     "What a person would look at: examples.png, duplicates.png and attributes.png, as far as there is something to see"
     bad = {*report['problems']}
     good = [i for i, name in enumerate(table.names) if name not in bad]
-    figures = {'examples.png': example_grid(table, sorted(keyed_rng(0, 'examples').sample(good, min(18, len(good))))) if good else None,
+    figures = {'examples.png': example_grid(table, sorted(keyed_rng(0, 'examples').sample(good, min(18, len(good)))))
+               if good else None,
                'duplicates.png': duplicate_grid(table, report),
                'attributes.png': plot_attributes([table.attributes[i] for i in good])[0].figure if report['attributes'] else None}
     for name, figure in figures.items():
@@ -301,7 +303,8 @@ def scan(
     "Look at every picture and caption before training"
     cfg = apply_overrides(load_config(find_recipe(recipe), RunConfig), set or [])
     data, out = replace(cfg.data, source=source), Path(out or Path('scans')/Path(source).expanduser().resolve().stem)
-    if source == 'toy_flowers': raise InputError('toy flowers are drawn and need no scan; name a folder or another source')
+    if source == 'toy_flowers':
+        raise InputError('toy flowers are drawn and need no scan; name a folder or another source')
     table = read_source(data) # refuses a source that does not exist, before anything slow
     make_folder(out/'scan.json')
     hush()
@@ -313,12 +316,16 @@ def scan(
     for line in lines[:20]: tell(line)
     if len(lines) > 20: tell(f"and {len(lines) - 20} more in {out/'findings.txt'}")
     words, side = report['captions'], report['shorter_side']
-    if cfg.data.flip and words['left_or_right']: tell(f"{words['left_or_right']} captions say left or right, and the recipe mirrors "
-                                                      "half of the pictures; use --set data.flip=false in training")
-    return {'pictures to train on': report['pictures'], 'left out': len(report['problems']), 'converted or without caption': len(report['notes']),
-            'exact duplicates': sum(len(g) - 1 for g in report['exact_duplicates']), 'near duplicates': len(report['near_duplicates']),
+    if cfg.data.flip and words['left_or_right']:
+        tell(f"{words['left_or_right']} captions say left or right, and the recipe mirrors "
+             "half of the pictures; use --set data.flip=false in training")
+    return {'pictures to train on': report['pictures'], 'left out': len(report['problems']),
+            'converted or without caption': len(report['notes']),
+            'exact duplicates': sum(len(g) - 1 for g in report['exact_duplicates']),
+            'near duplicates': len(report['near_duplicates']),
             'shorter side': f"{side['least']:g} to {side['most']:g} pixels, median {side['median']:g}" if side else '',
-            'captions': f"{words['given']}, {words['different']} different", 'captions too long': len(words['too_long']),
+            'captions': f"{words['given']}, {words['different']} different",
+            'captions too long': len(words['too_long']),
             'rare attributes': ', '.join(report['attributes'].get('rare', [])[:8]),
             'fingerprint': report['fingerprint'], 'report': out/'scan.json'}
 
@@ -354,10 +361,12 @@ def caption(
     out = Path(out or Path('captions')/f'{Path(source).expanduser().resolve().stem}.csv')
     check_least('--batch', batch); check_least('--max-new-tokens', max_new_tokens)
     if not len(data): raise InputError(f"all pictures of {source} have captions")
-    if out.name == 'metadata.csv': raise InputError(f"--out {out} would be read as the folder's own captions; use another name")
+    if out.name == 'metadata.csv':
+        raise InputError(f"--out {out} would be read as the folder's own captions; use another name")
     make_folder(out)
     hush()
-    captions, failures = caption_pictures(data, load_captioner(model, best_device(), prompt, max_new_tokens), out, batch, tell,
+    captions, failures = caption_pictures(data, load_captioner(model, best_device(), prompt, max_new_tokens), out,
+                                          batch, tell,
                                           bar('captions'))
     for name, reason in list(failures.items())[:20]: tell(f'{name}: {reason}')
     return {'captions': len(captions), 'failures': len(failures), 'table': out,
@@ -615,7 +624,7 @@ def check_vae_folder(
     there, here = flat(there), flat(json.loads(json.dumps({k: wanted[k] for k in there}))) # tuples become lists
     for k in sorted(here.keys() & there.keys()): # a folder from before an option has no value for it
         if there[k] != here[k]: raise InputError(f"{folder} holds a VAE with {k} = {there[k]}, not {here[k]}; "
-                                                     "use that value, or another --out")
+                                                 "use that value, or another --out")
     return made['reached']['images_seen'] if made else 0
 
 # %% ../nbs/09_cli.ipynb #180b5b5d
@@ -623,11 +632,11 @@ def check_vae_folder(
          't2i vae train folder --start stabilityai/sd-vae-ft-mse --n-images 24000 --lr 1e-4 --kl-warmup 0.25 --set data.source=photos')
 def vae_train(
     recipe:str,            # its data section says which pictures, its vae section which architecture a new VAE has
-    start:str='',          # VAE to fine-tune: tiny, a folder or a hub name; a new one if not given
     out:Path=None,         # diffusers folder to write; runs/RECIPE-vae if not given
     n_images:int=300_000,  # pictures to train on in all
     batch:int=8,           # pictures per step
     lr:float=2e-3,         # peak learning rate; a tenth or less for a large pretrained VAE
+    start:str='',          # VAE to fine-tune: tiny, a folder or a hub name; a new one if not given
     kl_weight:float=5e-4,  # weight of the divergence from a standard normal
     kl_warmup:float=0.,    # share of the pictures over which that weight rises from 0
     feature_weight:float=0., # weight of the distance between EfficientNet-lite0 features; 0 leaves it out
@@ -675,7 +684,8 @@ def vae_prior(
 )->dict:                  # what was reached
     "Train a network that guesses a run's latents from the words, for t2i sample --start-level"
     path = Path(run_dir)/'config.yaml'
-    if not path.is_file(): raise InputError(f"there is no run {run_dir}; give the folder that t2i train or t2i demo made")
+    if not path.is_file():
+        raise InputError(f"there is no run {run_dir}; give the folder that t2i train or t2i demo made")
     check_least('--n-images', n_images)
     cfg = load_config(path, RunConfig)
     models, data, held = prepare(cfg, run_dir)
@@ -709,7 +719,8 @@ def vae_evaluate(
     return {'report': out, **report, **read}
 
 # %% ../nbs/09_cli.ipynb #d3eb81fc
-@command('vae encode', 't2i vae encode photo.jpg', 't2i vae encode photo.jpg --vae runs/vae --size 256 --out photo.safetensors')
+@command('vae encode', 't2i vae encode photo.jpg',
+         't2i vae encode photo.jpg --vae runs/vae --size 256 --out photo.safetensors')
 def vae_encode(
     picture:Path,    # any picture file
     vae:str='tiny',  # 'tiny' (shipped), a diffusers folder, or a name in the Hugging Face hub
@@ -727,9 +738,11 @@ def vae_encode(
     hush()
     z = encode_images(load_vae(VAEConfig(vae), size), image_to_tensor(picture, size)[None])
     safetensors_numpy.save_file({'latents': z.numpy()}, out)
-    return {'latents': ' x '.join(map(str, z.shape[1:])), 'mean': z.mean().item(), 'deviation': z.std().item(), 'written to': out}
+    return {'latents': ' x '.join(map(str, z.shape[1:])), 'mean': z.mean().item(), 'deviation': z.std().item(),
+            'written to': out}
 
-@command('vae decode', 't2i vae decode photo.safetensors', 't2i vae decode photo.safetensors --vae runs/vae --out again.png')
+@command('vae decode', 't2i vae decode photo.safetensors',
+         't2i vae decode photo.safetensors --vae runs/vae --out again.png')
 def vae_decode(
     latents:Path,    # what t2i vae encode wrote
     vae:str='tiny',  # the VAE that encoded it
@@ -743,7 +756,8 @@ def vae_decode(
     make_folder(out)
     if not Path(latents).is_file(): raise InputError(f"there is no file '{latents}'; t2i vae encode writes one")
     try: z = safetensors_numpy.load_file(latents)['latents']
-    except (OSError, KeyError, SafetensorError): raise InputError(f"{latents} holds no latents; give a file that t2i vae encode wrote") from None
+    except (OSError, KeyError, SafetensorError):
+        raise InputError(f"{latents} holds no latents; give a file that t2i vae encode wrote") from None
     hush()
     model = load_vae(VAEConfig(vae))
     if z.shape[1] != model.config.latent_channels:

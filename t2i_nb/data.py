@@ -154,7 +154,7 @@ def image_to_tensor(
 # %% ../nbs/00_data.ipynb #e0325c08
 @dataclass(frozen=True)
 class DataConfig:
-    source:str='toy_flowers'   # 'toy_flowers', a folder, a .parquet file, 'hf:NAME', cifar10, flowers102, pokemon or celeba
+    source:str='toy_flowers'   # toy_flowers, a folder, .zip or .parquet, hf:NAME, cifar10, flowers102, pokemon, celeba
     root:str='data'            # where `t2i data get` puts the sets that have a name
     size:int=64                # pixels along each side
     n_images:int=8192          # how many flowers to draw; every other source gives all it has
@@ -162,7 +162,7 @@ class DataConfig:
     image_column:str='image'   # parquet and hf: column of encoded images
     caption_column:str='text'  # parquet, hf, csv and jsonl: column of captions, each a text or a list of texts
     captions_file:str=''       # a table of captions by file_name, such as `t2i caption` leaves; it wins over all others
-    templates:tuple[str,...]=() # captions made from other columns, e.g. 'a photo of a {label}'; several make several captions
+    templates:tuple[str,...]=() # captions from other columns, e.g. 'a photo of a {label}'; several make several
     label:str=''               # column with the class of each picture, which the UNet is then told beside the text
     crop:str='center'          # 'center' or 'random': one place per picture in every epoch, because latents are cached
     flip:bool=False            # show each picture mirrored at every second visit? Captions may say left and right

@@ -699,8 +699,9 @@ def evaluate_generator(
     out, network = {}, load_feature_network(features) if features else None
     if dataset is not None and training is not None:
         unseen = without_near_copies(dataset, training)
-        if not len(unseen): raise InputError(f"each of the {len(dataset)} pictures to judge by looks like a training picture; "
-                                             "use others")
+        if not len(unseen):
+            raise InputError(f"each of the {len(dataset)} pictures to judge by looks like a training picture; "
+                             "use others")
         facts['near_copies'], dataset = len(dataset) - len(unseen), unseen
     if dataset is None:
         instrument, facts['reader'] = find_reader(reader), reader

@@ -155,7 +155,8 @@ def first_step(
     start_level:float # noise level, as timestep/1000, in (0, 1]
 )->int:               # index into `scheduler.timesteps`; UNet passes are saved for those before it
     "The first step that begins at `start_level` or below"
-    if not 0 < start_level <= 1: raise InputError(f"start_level is {start_level:g}; use a noise level above 0, at most 1")
+    if not 0 < start_level <= 1:
+        raise InputError(f"start_level is {start_level:g}; use a noise level above 0, at most 1")
     n = scheduler.config.num_train_timesteps
     late = (scheduler.timesteps > start_level*n + .5).sum().item()
     late += late % getattr(scheduler, 'order', 1) # heun lists every timestep but the first twice

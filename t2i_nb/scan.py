@@ -99,7 +99,8 @@ def look(
     fact = dict(problem=problem, notes=notes, digest=content_digest(data))
     if problem: return fact
     pixels = content_digest(image.tobytes() + str(image.size).encode())
-    return fact | dict(size=image.size, pixels=pixels, hash=difference_hash(image), moments=raw_moments(image).round(6).tolist())
+    return fact | dict(size=image.size, pixels=pixels, hash=difference_hash(image),
+                       moments=raw_moments(image).round(6).tolist())
 
 # %% ../nbs/00c_scan.ipynb #3cc9ad21
 def opened(
@@ -173,10 +174,13 @@ def load_usable(
     dataset = load_dataset(cfg, split)
     kept, problems = leave_out_damaged(dataset, memo, progress)
     some = ', '.join(f'{Path(name).name} ({problem})' for name, problem in list(problems.items())[:3])
-    if problems: log(f"{len(problems)} of {len(dataset)} {split} pictures are left out: {some}{', …'*(len(problems) > 3)}; "
-                     f"`t2i scan {cfg.source}` names all")
+    if problems:
+        log(f"{len(problems)} of {len(dataset)} {split} pictures are left out: {some}{', …'*(len(problems) > 3)}; "
+            f"`t2i scan {cfg.source}` names all")
     sides = sum(any(map(LEFT_OR_RIGHT.search, w)) for w in kept.wordings) if cfg.flip else 0
-    if sides: log(f"{sides} {split} captions say left or right, and data.flip shows their pictures mirrored; set data.flip=false")
+    if sides:
+        log(f"{sides} {split} captions say left or right, and data.flip shows their pictures mirrored; "
+            "set data.flip=false")
     return kept
 
 # %% ../nbs/00c_scan.ipynb #7bd3cea3
@@ -236,7 +240,8 @@ def attribute_matrix(
             for o, _ in counts.most_common(most): columns[f'{key}: {o}'] = [o in map(str, v or ()) for v in values]
         elif kinds and kinds <= {str, int}:
             counts = Counter(v for v in values if v is not None)
-            if len(counts) <= most: columns |= {f'{key}: {o}': [v == o for v in values] for o, _ in counts.most_common()}
+            if len(counts) <= most:
+                columns |= {f'{key}: {o}': [v == o for v in values] for o, _ in counts.most_common()}
     return list(columns), np.array(list(columns.values()), np.float32).reshape(len(columns), len(rows)).T
 
 def attribute_report(
@@ -250,7 +255,8 @@ def attribute_report(
     correlation = (z/std).T @ (z/std)/len(x)
     apart = [(i, j) for i in range(len(names)) for j in range(i) if names[i].split(':')[0] != names[j].split(':')[0]]
     top = sorted(apart, key=lambda ij: -abs(correlation[ij]))[:10]
-    return dict(shares={n: round(float(s), 4) for n, s in zip(names, shares)}, rare=[n for n, s in zip(names, shares) if s < RARE],
+    return dict(shares={n: round(float(s), 4) for n, s in zip(names, shares)},
+                rare=[n for n, s in zip(names, shares) if s < RARE],
                 together=[(names[j], names[i], round(float(correlation[i, j]), 3)) for i, j in top])
 
 # %% ../nbs/00c_scan.ipynb #4fe2fb91
@@ -277,7 +283,8 @@ def spread(
     values # numbers
 )->dict:   # least, median and most
     "Three numbers instead of many"
-    return dict(zip(('least', 'median', 'most'), np.quantile(values, (0, .5, 1)).round(3).tolist())) if len(values) else {}
+    if not len(values): return {}
+    return dict(zip(('least', 'median', 'most'), np.quantile(values, (0, .5, 1)).round(3).tolist()))
 
 def colour_moments(
     raw  # (3, 3), a mean of `raw_moments`
@@ -326,7 +333,8 @@ def scan(
     facts = look_at_all(source.image, len(source), progress=progress)
     wordings = [(c,) if isinstance(c, str) else c for c in source.captions]
     digest = hashlib.blake2b(digest_size=16)
-    for name, w, fact in zip(source.names, wordings, facts): digest.update(json.dumps([name, *w, fact['digest']]).encode())
+    for name, w, fact in zip(source.names, wordings, facts):
+        digest.update(json.dumps([name, *w, fact['digest']]).encode())
     problems = {name: 'caption without a picture' for name in source.lonely}
     problems |= {name: fact['problem'] for name, fact in zip(source.names, facts) if fact['problem']}
     good = [i for i, fact in enumerate(facts) if not fact['problem']]
@@ -334,12 +342,15 @@ def scan(
     remarks = {source.names[i]: facts[i]['notes'] + ['no caption']*(captioned and not any(wordings[i])) for i in good}
     seen = [facts[i] for i in good]
     return dict(
-        fingerprint=digest.hexdigest(), pictures=len(good), problems=problems, notes={k: ', '.join(v) for k, v in remarks.items() if v},
+        fingerprint=digest.hexdigest(), pictures=len(good), problems=problems,
+        notes={k: ', '.join(v) for k, v in remarks.items() if v},
         **duplicate_report([source.names[i] for i in good], seen),
-        shorter_side=spread([min(f['size']) for f in seen]), width_to_height=spread([f['size'][0]/f['size'][1] for f in seen]),
+        shorter_side=spread([min(f['size']) for f in seen]),
+        width_to_height=spread([f['size'][0]/f['size'][1] for f in seen]),
         colours=colour_moments(np.mean([f['moments'] for f in seen], 0)) if seen else {},
         captions=caption_report([wordings[i] for i in good], count_tokens, max_tokens),
-        splits=dict(Counter(source.splits or ())), attributes=attribute_report([source.attributes[i] for i in good] if source.attributes else []))
+        splits=dict(Counter(source.splits or ())),
+        attributes=attribute_report([source.attributes[i] for i in good] if source.attributes else []))
 
 # %% ../nbs/00c_scan.ipynb #f524c4e7
 def example_grid(

@@ -68,7 +68,9 @@ def read_table(
     "The rows of a caption file"
     try:
         if name.endswith('.jsonl'): rows = [dict(json.loads(l)) for l in text.splitlines() if l.strip()]
-        else: rows = [{k: v for k, v in r.items() if v is not None} for r in csv.DictReader(io.StringIO(text, newline=''))]
+        else:
+            rows = [{k: v for k, v in r.items() if v is not None}
+                    for r in csv.DictReader(io.StringIO(text, newline=''))]
     except (ValueError, TypeError, csv.Error) as e:
         raise InputError(f"{name} cannot be read: {e}; write one JSON object a line") from None
     for n, row in enumerate(rows, 1):
@@ -124,8 +126,8 @@ def folder_source(
         said = set(sidecars.values())
         lonely = tuple(n for n in names if n.endswith('.txt') and n not in said)
     tops = [OFFICIAL.get(n.split('/')[0]) for n in files]
-    return Source(lambda i: opened(files[i]), captions, files, attributes, tops if files and all(tops) else None, lonely,
-                  f'{root/tables[0]}' if tables and lonely else '')
+    return Source(lambda i: opened(files[i]), captions, files, attributes, tops if files and all(tops) else None,
+                  lonely, f'{root/tables[0]}' if tables and lonely else '')
 
 # %% ../nbs/00b_sources.ipynb #e0211bc9
 def class_names(
@@ -148,14 +150,16 @@ def read_parquet(
         raise InputError(f"{path} has no column '{cfg.image_column}'; it has {', '.join(table.column_names)}; "
                          "set data.image_column and data.caption_column")
     lacks_captions = cfg.caption_column not in table.column_names and not (cfg.templates or cfg.captions_file)
-    if lacks_captions: raise InputError(f"{path} has no column '{cfg.caption_column}'; it has {', '.join(table.column_names)}; "
-                                        "set data.caption_column, or make captions with data.templates")
+    if lacks_captions:
+        raise InputError(f"{path} has no column '{cfg.caption_column}'; it has {', '.join(table.column_names)}; "
+                         "set data.caption_column, or make captions with data.templates")
     images = [v['bytes'] if isinstance(v, dict) else v for v in table.column(cfg.image_column).to_pylist()]
     rest = table.drop_columns([k for k in (cfg.image_column,) if k in table.column_names]).to_pylist()
     for k, names in class_names(table).items():
         for row in rest: row[k] = names[row[k]] if row.get(k) is not None and 0 <= row[k] < len(names) else row.get(k)
     captions = [as_captions(row.pop(cfg.caption_column, None)) for row in rest]
-    return Source(lambda i: io.BytesIO(images[i] or b''), captions, [f'{path.name} row {i}' for i in range(len(images))], rest)
+    return Source(lambda i: io.BytesIO(images[i] or b''), captions,
+                  [f'{path.name} row {i}' for i in range(len(images))], rest)
 
 # %% ../nbs/00b_sources.ipynb #12f73962
 def joined(
@@ -248,15 +252,18 @@ def flowers102_source(
     "Oxford Flowers 102 with ten captions a picture"
     texts = {p.stem: p for p in sorted((root/'text_c10').glob('class_*/*.txt'))}
     files = sorted((root/'jpg').glob('*.jpg'))
-    captions = [as_captions(read_text(texts[p.stem], texts[p.stem]).splitlines()) if p.stem in texts else '' for p in files]
+    captions = [as_captions(read_text(texts[p.stem], texts[p.stem]).splitlines()) if p.stem in texts else ''
+                for p in files]
     labels = [dict(label=texts[p.stem].parent.name) if p.stem in texts else {} for p in files]
     here = {p.stem for p in files}
     return Source(files.__getitem__, captions, [p.relative_to(root).as_posix() for p in files], labels,
                   lonely=tuple(texts[k].relative_to(root).as_posix() for k in texts if k not in here))
 
 # %% ../nbs/00b_sources.ipynb #213cac27
-HAIR = dict(Black_Hair='black', Blond_Hair='blond', Brown_Hair='brown', Gray_Hair='grey', Straight_Hair='straight', Wavy_Hair='wavy')
-FACE = {'5_o_Clock_Shadow': 'a five o\'clock shadow', 'Arched_Eyebrows': 'arched eyebrows', 'Bags_Under_Eyes': 'bags under the eyes',
+HAIR = dict(Black_Hair='black', Blond_Hair='blond', Brown_Hair='brown', Gray_Hair='grey', Straight_Hair='straight',
+            Wavy_Hair='wavy')
+FACE = {'5_o_Clock_Shadow': 'a five o\'clock shadow', 'Arched_Eyebrows': 'arched eyebrows',
+        'Bags_Under_Eyes': 'bags under the eyes',
         'Bangs': 'bangs', 'Big_Lips': 'full lips', 'Big_Nose': 'a big nose', 'Bushy_Eyebrows': 'bushy eyebrows',
         'Double_Chin': 'a double chin', 'Goatee': 'a goatee', 'High_Cheekbones': 'high cheekbones', 'Mouth_Slightly_Open': 'a slightly open mouth',
         'Mustache': 'a moustache', 'Narrow_Eyes': 'narrow eyes', 'Oval_Face': 'an oval face', 'Pale_Skin': 'pale skin',
@@ -276,7 +283,8 @@ def describe_face(
     noun = 'man' if attributes.get('Male') else 'woman'
     chosen = lambda words: [w for k, w in words.items() if k in said]
     head = ' '.join([*chosen(ADJECTIVES), *(['clean-shaven'] if 'No_Beard' in said and noun == 'man' else []), noun])
-    hair = ' '.join(chosen({k: HAIR[k] for k in ('Straight_Hair', 'Wavy_Hair', 'Black_Hair', 'Blond_Hair', 'Brown_Hair', 'Gray_Hair')}))
+    hair = ' '.join(chosen({k: HAIR[k] for k in ('Straight_Hair', 'Wavy_Hair', 'Black_Hair', 'Blond_Hair',
+                                                 'Brown_Hair', 'Gray_Hair')}))
     has, wears = [f'{hair} hair']*bool(hair) + chosen(FACE), chosen(WEARING)
     text = f"a {'blurry ' if 'Blurry' in said else ''}photo of {'an' if head[0] in 'aeiou' else 'a'} {head}"
     listed = lambda words: ' and '.join([', '.join(words[:-1]), words[-1]] if len(words) > 1 else words)
@@ -307,7 +315,8 @@ def celeba_source(
     parts = tables.pop('part')[1]
     names = sorted(n for n in rows if (root/'img_align_celeba'/n).is_file())
     attributes = [{c: v == '1' for c, v in zip(columns, rows[n])} for n in names]
-    captions = [tuple(dict.fromkeys(describe_face(a, keyed_rng(cfg.seed, 'face', f'{n} {k}'), .3*(k > 0)) for k in range(4)))
+    captions = [tuple(dict.fromkeys(describe_face(a, keyed_rng(cfg.seed, 'face', f'{n} {k}'), .3*(k > 0))
+                                    for k in range(4)))
                 for n, a in zip(names, attributes)]
     for k, (header, table) in tables.items():
         for n, a in zip(names, attributes):
@@ -328,13 +337,16 @@ class KnownSet:
 # %% ../nbs/00b_sources.ipynb #86d9fe95
 KNOWN_SETS = dict(
     cifar10=KnownSet(cifar10_source, '60,000 pictures of 32 x 32 pixels in ten classes (Krizhevsky 2009)',
-        'no licence is stated; used freely in research', ('cifar-10-batches-bin/test_batch.bin', 'cifar-10-batches-bin/data_batch_5.bin'),
+        'no licence is stated; used freely in research',
+        ('cifar-10-batches-bin/test_batch.bin', 'cifar-10-batches-bin/data_batch_5.bin'),
         (('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz', 'c32a1d4ab5d03f1284b67883e8d87530'),)),
-    flowers102=KnownSet(flowers102_source, '8,189 photographs of 102 flowers (Nilsback and Zisserman 2008), ten captions each (Reed 2016)',
+    flowers102=KnownSet(flowers102_source,
+        '8,189 photographs of 102 flowers (Nilsback and Zisserman 2008), ten captions each (Reed 2016)',
         'research only; the photographs belong to their takers', ('jpg', 'text_c10'),
         (('https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz', '52808999861908f626f3c1f4e79d11fa'),),
         'fetch cvpr2016_flowers.tar.gz, which github.com/reedscot/icml2016 links to, and put its folder text_c10 into {root}'),
-    celeba=KnownSet(celeba_source, '202,599 aligned faces with 40 attributes (Liu 2015)', 'non-commercial research only',
+    celeba=KnownSet(celeba_source, '202,599 aligned faces with 40 attributes (Liu 2015)',
+                    'non-commercial research only',
         ('img_align_celeba', 'list_attr_celeba', 'list_eval_partition'), (),
         'accept the terms at mmlab.ie.cuhk.edu.hk/projects/CelebA.html, and put img_align_celeba (unpacked), list_attr_celeba.txt, '
         'list_eval_partition.txt and, if wanted, list_bbox_celeba.txt and list_landmarks_align_celeba.txt into {root}'))
@@ -363,13 +375,15 @@ def download(
         have = part.stat().st_size if part.is_file() else 0
         request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply, part.open('ab' if reply.status == 206 else 'wb') as out:
+            with (urllib.request.urlopen(request, timeout=60) as reply,
+                  part.open('ab' if reply.status == 206 else 'wb') as out):
                 for chunk in progress(iter(lambda: reply.read(1 << 20), b'')): out.write(chunk)
                 expected = reply.headers.get('Content-Length')
                 got = out.tell() - (have if reply.status == 206 else 0)
             if expected and got < int(expected): raise OSError(f'{got} of {expected} bytes')
         except urllib.error.HTTPError as e:
-            if e.code != 416: raise InputError(f"{url} cannot be downloaded: {e}; try again later") from None # 416: all is there
+            if e.code != 416:
+                raise InputError(f"{url} cannot be downloaded: {e}; try again later") from None # 416: all is there
         except OSError as e:
             raise InputError(f"{url} cannot be downloaded: {e}; the same command goes on from what is there") from None
         os.replace(part, path)
@@ -377,7 +391,8 @@ def download(
         with path.open('rb') as f: found = hashlib.file_digest(f, 'md5').hexdigest()
         if found != md5:
             path.unlink()
-            raise InputError(f"{url} arrived damaged: its MD5 is {found} instead of {md5}; it was deleted, run the same command again")
+            raise InputError(f"{url} arrived damaged: its MD5 is {found} instead of {md5}; it was deleted, "
+                             "run the same command again")
     return path
 
 # %% ../nbs/00b_sources.ipynb #64f5639e
@@ -418,12 +433,15 @@ def fill_templates(
     captions:tuple=('',) # its own captions
 )->tuple:            # one caption per template
     "Captions from the columns of a row"
-    words = {k: Words(map(str, v)) if isinstance(v, (list, tuple)) else '' if v is None else v for k, v in attributes.items()}
-    words |= dict(text=captions[0], attributes=Words(k.replace('_', ' ').lower() for k, v in attributes.items() if v is True))
+    words = {k: Words(map(str, v)) if isinstance(v, (list, tuple)) else '' if v is None else v
+             for k, v in attributes.items()}
+    words |= dict(text=captions[0], attributes=Words(k.replace('_', ' ').lower() for k, v in attributes.items()
+                                                     if v is True))
     def fill(t):
         try: return t.format_map(words)
         except KeyError as e:
-            raise InputError(f"the template '{t}' names {{{e.args[0]}}}{nearest(e.args[0], words)}; there is {', '.join(words)}") from None
+            raise InputError(f"the template '{t}' names {{{e.args[0]}}}{nearest(e.args[0], words)}; there is "
+                             f"{', '.join(words)}") from None
         except (ValueError, IndexError, AttributeError, TypeError) as e:
             raise InputError(f"the template '{t}' cannot be filled: {e}; write columns as {{name}}") from None
     return as_captions([fill(t) for t in templates])
@@ -440,12 +458,15 @@ def recaption(
         captions = [fill_templates(cfg.templates, a, c) for a, c in zip(rows, captions)]
     if cfg.captions_file:
         path = Path(cfg.captions_file).expanduser()
-        if not path.is_file(): raise InputError(f"there is no file {path}; data.captions_file names a .csv or .jsonl with file_name and {cfg.caption_column}")
+        if not path.is_file():
+            raise InputError(f"there is no file {path}; data.captions_file names a .csv or .jsonl with file_name and "
+                             f"{cfg.caption_column}")
         rows = read_table(read_text(path, path), f'{path}', cfg.caption_column)
         table = {}
         for r in rows: table.setdefault(str(r['file_name']), []).extend(as_captions(r[cfg.caption_column]))
         if rows and not table.keys() & set(source.names):
-            raise InputError(f"{path} names none of the pictures; its first is '{rows[0]['file_name']}', the source's '{source.names[0]}'")
+            raise InputError(f"{path} names none of the pictures; its first is '{rows[0]['file_name']}', the source's "
+                             f"'{source.names[0]}'")
         captions = [tuple(table[n]) if n in table else c for n, c in zip(source.names, captions)]
     return replace(source, captions=captions)
 
@@ -460,16 +481,21 @@ def read_source(
     elif name in KNOWN_SETS:
         root = Path(cfg.root).expanduser()/name
         gone = lacking(name, root)
-        if gone: raise InputError(f"{root} lacks {', '.join(gone)}; t2i data get {name} --root {cfg.root} fetches it, or says how")
+        if gone:
+            raise InputError(f"{root} lacks {', '.join(gone)}; t2i data get {name} --root {cfg.root} fetches it, "
+                             "or says how")
         source = KNOWN_SETS[name].read(root, cfg)
     elif path.suffix == '.parquet' and path.is_file(): source = parquet_source(path, cfg)
     elif path.suffix == '.zip' and path.is_file(): source = folder_source(path, cfg)
     elif path.is_dir():
         source = folder_source(path, cfg)
         if not source.names and next(path.rglob('*.parquet'), None): source = parquet_source(path, cfg)
-    else: raise InputError(f"there is no data source '{cfg.source}'{nearest(name, ['toy_flowers', *KNOWN_SETS, *HUB_NAMES])}; use "
-                           f"toy_flowers, a folder, a .zip or .parquet file, hf:NAME, {', '.join([*KNOWN_SETS, *HUB_NAMES])}")
-    if not source.names and not source.refused_by: raise InputError(f"{path} holds no pictures; supported are {', '.join(IMAGE_SUFFIXES)}")
+    else:
+        known = [*KNOWN_SETS, *HUB_NAMES]
+        raise InputError(f"there is no data source '{cfg.source}'{nearest(name, ['toy_flowers', *known])}; use "
+                         f"toy_flowers, a folder, a .zip or .parquet file, hf:NAME, {', '.join(known)}")
+    if not source.names and not source.refused_by:
+        raise InputError(f"{path} holds no pictures; supported are {', '.join(IMAGE_SUFFIXES)}")
     return recaption(source, cfg)
 
 # %% ../nbs/00b_sources.ipynb #c34ea03b
@@ -481,8 +507,9 @@ def load_dataset(
     if cfg.source == 'toy_flowers': return toy_flowers(cfg, split)
     check_split(split)
     source = read_source(cfg)
-    if source.refused_by: raise InputError(f"{source.refused_by} names {len(source.lonely)} pictures that are not there, the first is "
-                                           f"'{source.lonely[0]}'; add them or delete their rows")
+    if source.refused_by:
+        raise InputError(f"{source.refused_by} names {len(source.lonely)} pictures that are not there, the first is "
+                         f"'{source.lonely[0]}'; add them or delete their rows")
     data = ImageCaptionDataset(source.captions, source.image, cfg, source.attributes, source.names)
     official = {s: [i for i, of in enumerate(source.splits or []) if of == s] for s in SPLITS}
     if split == 'test': return data.subset(official['test']) if official['test'] else data

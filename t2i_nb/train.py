@@ -178,8 +178,9 @@ def picture_classes(
     "The class of each picture, by its place in the sorted names of the training split"
     if not cfg.label: return None, ()
     known = dataset.attributes or [{}]
-    if cfg.label not in known[0]: raise InputError(f"data.label is '{cfg.label}'{nearest(cfg.label, known[0])}, and the "
-                                                   f"pictures have {', '.join(known[0]) or 'no columns'}")
+    if cfg.label not in known[0]:
+        raise InputError(f"data.label is '{cfg.label}'{nearest(cfg.label, known[0])}, and the "
+                         f"pictures have {', '.join(known[0]) or 'no columns'}")
     of = lambda d: [str(a[cfg.label]) for a in d.attributes]
     names = sorted(set(of(dataset if split == 'train' else load_dataset(cfg))))
     return torch.tensor([names.index(c) if c in names else len(names) for c in of(dataset)]), tuple(names)
@@ -247,7 +248,8 @@ def make_batch(
         choice = int(torch.rand((), generator=key('caption'))*len(said)) if len(said) > 1 else 0
         rows.append(0 if drop else int(said[choice]))
         if data.labels is not None: labels.append(len(data.class_names) if drop else int(data.labels[i]))
-    batch = dict(x0=torch.stack(x0), eps=torch.stack(eps), u=torch.stack(u), encoder_hidden_states=data.states[rows].float())
+    batch = dict(x0=torch.stack(x0), eps=torch.stack(eps), u=torch.stack(u),
+                 encoder_hidden_states=data.states[rows].float())
     return batch | (dict(class_labels=torch.tensor(labels)) if labels else {})
 
 # %% ../nbs/04_train_deepspeed.ipynb #a2c4ea5d

@@ -594,7 +594,8 @@ def build_latent_cache(
     if vae is not None: vae.to(device)
     def encode(at):
         x = dataset.batch(at, flip)
-        mean, std = posterior(vae, x.to(device)) if vae is not None else (fold_pixels(x, patch), torch.zeros(len(x), *[1]*3))
+        if vae is None: mean, std = fold_pixels(x, patch), torch.zeros(len(x), 1, 1, 1)
+        else: mean, std = posterior(vae, x.to(device))
         return dict(mean=mean.half().cpu(), std=std.half().cpu())
     if folder:
         folder = Path(folder)/latent_folder(vae, dataset.cfg.size, patch)

@@ -52,8 +52,8 @@ def test_unknown_section(tmp_path):
 
 def test_key_in_a_file(tmp_path):
     (tmp_path/'mine.yaml').write_text('data: {source: toy_flowers, sise: 64}')
-    refused("unknown key 'data.sise' (did you mean 'size'?); the keys here are source, size, n_images, validation_fraction, "
-            "image_column, caption_column, crop, flip, seed", 'train', 'mine.yaml', cwd=tmp_path)
+    refused("unknown key 'data.sise' (did you mean 'size'?); the keys here are source, root, size, n_images, "
+            "validation_fraction, image_column, caption_column, captions_file, templates, label, crop, flip, seed", 'train', 'mine.yaml', cwd=tmp_path)
 
 def test_empty_folder(tmp_path):
     (tmp_path/'photos').mkdir()
@@ -63,7 +63,7 @@ def test_empty_folder(tmp_path):
 
 def test_no_source(tmp_path):
     refused('data.source is empty; name your pictures with --set data.source=FOLDER', 'train', 'folder', cwd=tmp_path)
-    refused("there is no data source 'nowhere'; use toy_flowers, a folder, or a .parquet file",
+    refused("there is no data source 'nowhere'; use toy_flowers, a folder, a .zip or .parquet file, hf:NAME, cifar10, flowers102, celeba, pokemon",
             'train', 'folder', '--set', 'data.source=nowhere', 'text.encoder=tiny', cwd=tmp_path)
 
 @pytest.mark.parametrize('name, rows', (('metadata.jsonl', '{"file_name": "rose.jpg", "text": "a rose"}\n'),
@@ -159,7 +159,7 @@ def test_vae_files(tmp_path):
 
 def test_scan(tmp_path):
     (tmp_path/'photos').mkdir()
-    refused("there is no folder or .parquet file 'phots'; name one that exists", 'scan', 'phots', cwd=tmp_path)
+    refused("there is no data source 'phots'; use toy_flowers, a folder, a .zip or .parquet file, hf:NAME, cifar10, flowers102, celeba, pokemon", 'scan', 'phots', cwd=tmp_path)
     refused('photos holds no pictures; supported are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff', 'scan', 'photos', cwd=tmp_path)
     assert not (tmp_path/'scans').exists()
 
