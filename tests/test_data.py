@@ -67,7 +67,10 @@ def test_hundred_good_and_thirty_damaged(tmp_path, capsys):
     counts = []
     for file in (tmp_path/'run'/'cache').glob('latents-*/rows-*.safetensors'):
         with safe_open(file, 'np') as f: counts.append(f.get_slice('mean').get_shape()[0])
-    assert sum(counts) == 112 # training and validation: the hundred, and the twelve that are converted; all differ
+    cfg = DataConfig(source=str(photos)) # training and validation: the hundred, and the twelve that are converted
+    assert sum(len(load_usable(cfg, split)) for split in ('train', 'validation')) == 112
+    used = {data for name, (data, _) in before.items() if name not in wrong and not name.endswith('.txt')}
+    assert sum(counts) == len(used) # equal pictures are encoded once
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in photos.iterdir()} == before
 
 def test_damage_does_not_move_the_split(tmp_path):
