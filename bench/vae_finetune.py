@@ -1,11 +1,12 @@
 """Fine-tune the shipped VAE on photographs, and prove that a model trained afterwards uses the new weights.
 
     python bench/vae_finetune.py --run-dir runs/vae_finetune
+    python bench/vae_finetune.py --run-dir runs/vae_finetune_128 --size 128 --start runs/vae_finetune/vae --n-images 6000 --lr 7e-4
 
 Needs the test data (`tests/conftest.py` says where it is looked for): `flowers12`, 720 photographs to train on, 240 to judge by,
 without those that are near duplicates of training photographs. The test photographs are read at the end only; nothing is chosen
-by them. Resumable: the same command goes on. Writes
-bench/results/vae_finetune.json, and in the run directory the fine-tuned VAE and pictures before and after."""
+by them. Resumable: the same command goes on. The second command goes on at 128 pixels, for `bench/photographs.py`. Writes
+bench/results/vae_finetune.json (or vae_finetune_128.json), and in the run directory the fine-tuned VAE and pictures before and after."""
 import argparse, datetime, json, sys
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def main():
     flowers, run = conftest.data_dir/'flowers12', args.run_dir
     run.mkdir(parents=True, exist_ok=True)
     one = DataConfig(source=str(flowers/'train.parquet'), size=args.size, validation_fraction=0., crop='random')
-    parts = [load_usable(replace(one, seed=i), memo=run/'damaged.json') for i in range(args.views)]
+    parts = [load_usable(replace(one, seed=i), memo=run/'pictures.json') for i in range(args.views)]
     pixels = torch.cat([((d.batch(range(len(d)), flip=i % 2 == 1) + 1)*127.5).round().byte() for i, d in enumerate(parts)])
     recipe = VAETrainConfig(args.n_images, lr=args.lr, kl_weight=5e-4, kl_warmup=.25, feature_weight=args.feature_weight)
     states = []
@@ -83,12 +84,12 @@ def main():
     assert used['cache_fine_tuned'] and not set(used['cache_fine_tuned']) & set(used['cache_start']), used
     units = dict(psnr=('dB', 'higher'), ssim=('SSIM', 'higher'), mse=('squared error, values in [-1, 1]', 'lower'), kl=('nats per picture', 'neither'))
     facts = dict(n_images=args.n_images, size=args.size, test_photographs=len(test), near_copies=len(given) - len(test), training_photographs=len(parts[0]), views=args.views, training=made, seconds=made['seconds'])
-    rows = [dict(name=f'{k} of test photographs, the shipped VAE fine-tuned against as shipped', ours=after[k], theirs=before[k],
+    rows = [dict(name=f'{k} of test photographs at {args.size} pixels, fine-tuned against {"as shipped" if args.start == "tiny" else "before"}', ours=after[k], theirs=before[k],
                  ratio=before[k]/after[k] if k in ('mse', 'kl') else after[k]/before[k], unit=unit, better=better, device=describe_device('cpu'),
                  versions=dict(torch=torch.__version__, diffusers=diffusers.__version__), date=str(datetime.date.today()),
                  threads=torch.get_num_threads(), **facts) for k, (unit, better) in units.items()]
     rows[0] |= dict(psnr_gain=after['psnr'] - before['psnr'], curve=[{k: s[k] for k in ('images_seen', 'mse', 'kl', 'lr', 'beta')} for s in states], used=used)
-    out = root/'bench'/'results'/'vae_finetune.json'
+    out = root/'bench'/'results'/f'vae_finetune{"" if args.size == 64 else f"_{args.size}"}.json'
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(rows, indent=1))
     for r in rows: print(f"{r['name']}: {r['theirs']:.4f} -> {r['ours']:.4f} {r['unit']}")

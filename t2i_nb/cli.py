@@ -31,13 +31,13 @@ import t2i_nb
 from .captioner import caption_pictures, load_captioner
 from .captions import TextConfig, check_prompt_length, count_tokens, encoder_places, load_text_encoder
 from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, image_grid, keyed_rng, lazy,
-                         load_config,
-                         nearest, package_dir, save_config, show_images, to_dict, to_pil)
+                         load_config, load_function, nearest, package_dir, save_config, show_images, to_dict, to_pil)
 from .data import DataConfig, image_to_tensor
-from .evaluation import (Evaluation, evaluate as evaluate_run, load_function, open_prompts, save_evaluation,
+from .evaluation import (Evaluation, evaluate as evaluate_run, open_prompts, save_evaluation,
                                score_prompts, summary, unseen_pictures, vae_report)
-from .prior import PriorConfig, load_prior, made_for, prior_report, save_prior, train_prior
-from .scan import duplicate_grid, example_grid, load_usable, picture_findings, plot_attributes, scan as scan_source
+from .prior import PriorConfig, load_prior, made_for, prior_report, read_prior_config, save_prior, train_prior
+from .scan import (duplicate_grid, example_grid, load_usable, picture_findings, plot_attributes,
+                         scan as scan_source)
 from .sources import IMAGE_SUFFIXES, get_data, load_dataset, read_source
 from .train import (Components, RunConfig, SampleConfig, TrainState, averaged, check_run, check_sampler,
                           choose_precision, flat, load_components, open_run, prepare_data, train as train_steps,
@@ -46,7 +46,8 @@ from .unet import Objective
 from .vae import VAEConfig, VAETrainConfig, decode_latents, encode_images, load_vae, make_vae
 
 # %% ../nbs/09_cli.ipynb #1b24af05
-torch, tqdm, plt, safetensors_numpy = lazy('torch'), lazy('tqdm.auto'), lazy('matplotlib.pyplot'), lazy('safetensors.numpy')
+torch, tqdm = lazy('torch'), lazy('tqdm.auto')
+plt, safetensors_numpy = lazy('matplotlib.pyplot'), lazy('safetensors.numpy')
 
 # %% ../nbs/09_cli.ipynb #c197917a
 COMMANDS = {}
@@ -286,7 +287,8 @@ def scan_pictures(
     figures = {'examples.png': example_grid(table, sorted(keyed_rng(0, 'examples').sample(good, min(18, len(good)))))
                if good else None,
                'duplicates.png': duplicate_grid(table, report),
-               'attributes.png': plot_attributes([table.attributes[i] for i in good])[0].figure if report['attributes'] else None}
+               'attributes.png': plot_attributes([table.attributes[i] for i in good])[0].figure
+               if report['attributes'] else None}
     for name, figure in figures.items():
         (out/name).unlink(missing_ok=True)
         if figure: figure.savefig(out/name); plt.close(figure)
@@ -457,13 +459,17 @@ def sample(
     guidance_scale:float=None,     # 1 is none; the run's if not given
     negative_prompt:str=None,      # what to steer away from
     sampler:str=None,              # dpmpp_2m, euler, heun or ddim; the run's if not given
-    start_level:float=None         # noise level in (0, 1] at which the run's prior takes over the steps before; none if not given
+    start_level:float=None         # noise level in (0, 1] to which the run's prior leads; from noise if not given
 )->dict:                           # the file
     "Draw pictures from prompts"
     folder, how = find_pipeline(run_dir), sampling_settings(run_dir, num_inference_steps, guidance_scale, sampler)
     if not prompts: raise InputError('there is no prompt; give one or more')
     if Path(out).suffix.lower() not in IMAGE_SUFFIXES: raise InputError(f"--out {out} is no picture; end it in .png")
     check_prompt_length(folder/'tokenizer', [*prompts, negative_prompt or ''])
+    if start_level is not None:
+        read_prior_config(Path(run_dir)/'prior')
+        if not 0 < start_level <= 1:
+            raise InputError(f"--start-level is {start_level:g}; use a noise level above 0, at most 1")
     make_folder(out)
     hush()
     from t2i_nb.sampling import load_pipeline, sample as draw_pictures
@@ -629,7 +635,7 @@ def check_vae_folder(
 
 # %% ../nbs/09_cli.ipynb #180b5b5d
 @command('vae train', 't2i vae train folder --out runs/vae --set data.source=photos', 't2i vae train demo --minutes 20',
-         't2i vae train folder --start stabilityai/sd-vae-ft-mse --n-images 24000 --lr 1e-4 --kl-warmup 0.25 --set data.source=photos')
+         't2i vae train folder --start stabilityai/sd-vae-ft-mse --n-images 24000 --lr 1e-4 --set data.source=photos')
 def vae_train(
     recipe:str,            # its data section says which pictures, its vae section which architecture a new VAE has
     out:Path=None,         # diffusers folder to write; runs/RECIPE-vae if not given
@@ -761,7 +767,8 @@ def vae_decode(
     hush()
     model = load_vae(VAEConfig(vae))
     if z.shape[1] != model.config.latent_channels:
-        raise InputError(f"{latents} has {z.shape[1]} channels and this VAE {model.config.latent_channels}; give the VAE that encoded it")
+        raise InputError(f"{latents} has {z.shape[1]} channels and this VAE {model.config.latent_channels}; "
+                         "give the VAE that encoded it")
     image = to_pil(decode_latents(model, torch.from_numpy(z)))[0]
     image.save(out)
     return {'size': f'{image.width} x {image.height}', 'written to': out}

@@ -165,7 +165,7 @@ class DataConfig:
     templates:tuple[str,...]=() # captions from other columns, e.g. 'a photo of a {label}'; several make several
     label:str=''               # column with the class of each picture, which the UNet is then told beside the text
     crop:str='center'          # 'center' or 'random': one place per picture in every epoch, because latents are cached
-    flip:bool=False            # show each picture mirrored at every second visit? Captions may say left and right
+    flip:bool=False            # mirror half of what is shown? Captions may say left and right
     seed:int=0                 # keys drawings, captions, crops and the split
 
 # %% ../nbs/00_data.ipynb #fb0ab17d
@@ -178,7 +178,7 @@ class ImageCaptionDataset:
         attributes=None,     # a dictionary per picture: what is known of it besides; toy flowers: the truth
         names=None,          # what to call each picture in messages; None where pictures are drawn
         keys=None,           # what keys each picture's crop; its position if None
-        facts=None           # what `00b_scan` found in each picture's file
+        facts=None           # what `00c_scan` found in each picture's file
     ):
         if cfg.crop not in ('center', 'random'): raise InputError(f"data.crop is '{cfg.crop}'; use center or random")
         if cfg.size < 8: raise InputError(f"data.size is {cfg.size}; use at least 8 pixels")

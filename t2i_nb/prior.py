@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['np', 'torch', 'safetensors_torch', 'PriorConfig', 'LatentPrior', 'pool_states', 'build_prior', 'prior_moments',
            'gaussian_nll', 'PriorState', 'prior_lr', 'train_prior', 'sample_prior', 'prior_report', 'prior_gap',
-           'made_for', 'check_prior', 'save_prior', 'load_prior']
+           'made_for', 'check_prior', 'save_prior', 'read_prior_config', 'load_prior']
 
 # %% ../nbs/02b_prior.ipynb #89fd67ff
 import json
@@ -196,14 +196,20 @@ def save_prior(
     about = dict(training=to_dict(prior.cfg), shape=prior.shape, dim=prior.dim, made_for=prior.made_for)
     (folder/'config.json').write_text(json.dumps(about, indent=1))
 
+def read_prior_config(
+    folder # where a prior should be
+)->dict:   # what `save_prior` noted
+    "What is known of a prior before it is loaded; one sentence where there is none"
+    file = Path(folder)/'config.json'
+    if not file.is_file():
+        raise InputError(f"there is no prior in {folder} (no config.json); t2i vae prior trains one")
+    return json.loads(file.read_text())
+
 def load_prior(
     folder # as `save_prior` left it
 )->LatentPrior:
     "Read a prior"
-    folder = Path(folder)
-    if not (folder/'config.json').is_file():
-        raise InputError(f"there is no prior in {folder} (no config.json); t2i vae prior trains one")
-    about = json.loads((folder/'config.json').read_text())
+    folder, about = Path(folder), read_prior_config(folder)
     prior = build_prior(from_dict(PriorConfig, about['training'], 'training'), about['shape'], about['dim'])
     prior.net.load_state_dict(safetensors_torch.load_file(folder/'model.safetensors'))
     prior.made_for = about['made_for']

@@ -70,7 +70,7 @@ def content_digest(
 def difference_hash(
     image:Image.Image # RGB
 )->int:               # 64 bits
-    "Where a thumbnail gets brighter from left to right, by more than four grey levels: flat places would follow the noise"
+    "Where a thumbnail gets brighter from left to right, by more than 4 grey levels: flat places would follow noise"
     small = np.asarray(image.convert('L').resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return int.from_bytes(np.packbits(small[:, 1:] - small[:, :-1] > 4).tobytes(), 'big')
 
@@ -82,9 +82,10 @@ def raw_moments(
     return np.stack([(x**k).mean(0) for k in (1, 2, 3)])
 
 def file_bytes(
-    source # path, file object, or None where it could not be opened
+    source # path, file object, PIL image, or None where it could not be opened
 )->bytes:  # None if they cannot be read
-    "The bytes of an encoded picture"
+    "The bytes of an encoded picture, or the pixels of one that lies in memory"
+    if isinstance(source, Image.Image): return source.tobytes()
     try: return source.read_bytes() if isinstance(source, Path) else source and source.getvalue()
     except OSError: return None
 
@@ -92,10 +93,8 @@ def look(
     source # path, file object, PIL image, or None where it could not be opened
 )->dict:   # 'problem', 'notes', 'digest'; of a good one 'size', 'pixels', 'hash' and 'moments' too; ready for JSON
     "Everything that is asked of a picture, from decoding it once"
-    if isinstance(source, Image.Image): problem, notes, image, data = '', [], source.convert('RGB'), source.tobytes()
-    else:
-        data = file_bytes(source)
-        problem, notes, image = picture_findings(data)
+    data, decoded = file_bytes(source), isinstance(source, Image.Image)
+    problem, notes, image = ('', [], source.convert('RGB')) if decoded else picture_findings(data)
     fact = dict(problem=problem, notes=notes, digest=content_digest(data))
     if problem: return fact
     pixels = content_digest(image.tobytes() + str(image.size).encode())
@@ -110,8 +109,7 @@ def opened(
     "Open a picture as far as it can be opened"
     try: source = image(i)
     except Exception: return f'{i} cannot be opened', None # a broken zip, a row that the hub's files lack
-    if isinstance(source, Image.Image): return content_digest(source.tobytes()), source
-    if not isinstance(source, Path): return content_digest(source.getvalue()), source
+    if not isinstance(source, Path): return content_digest(file_bytes(source)), source
     try: stat = source.stat()
     except OSError: return f'{source} is not there', None # a link to nowhere
     return f'{source} {stat.st_size} {stat.st_mtime_ns}', source
@@ -127,7 +125,7 @@ def look_at_all(
     except ValueError: known = {} # cut short: look again
     def check(i):
         key, source = opened(image, i)
-        return key, known[key] if 'problem' in known.get(key, ()) else look(source)
+        return key, known.get(key) or look(source)
     found = list(in_threads(check, n, progress))
     if memo and not known.keys() >= dict(found).keys():
         Path(memo).parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +154,7 @@ def picture_marks(
 )->list[str]:                   # the same for the same picture
     "What each picture is: a digest of its bytes, or what it was drawn from"
     if dataset.facts: return [fact['digest'] for fact in dataset.facts]
-    if dataset.names: return [fact['digest'] for fact in look_at_all(dataset.image, len(dataset))]
+    if dataset.names: return [content_digest(file_bytes(opened(dataset.image, i)[1])) for i in range(len(dataset))]
     drawn = content_digest(dataset.image(0).tobytes()) # another way of drawing, another first picture
     return [f'{drawn} {key}' for key in dataset.keys]
 
@@ -331,7 +329,7 @@ def scan(
 )->dict:               # the report, ready for JSON
     "Look at every picture and every caption once"
     facts = look_at_all(source.image, len(source), progress=progress)
-    wordings = [(c,) if isinstance(c, str) else c for c in source.captions]
+    wordings = source.captions # `read_source` has made tuples of them
     digest = hashlib.blake2b(digest_size=16)
     for name, w, fact in zip(source.names, wordings, facts):
         digest.update(json.dumps([name, *w, fact['digest']]).encode())
@@ -366,9 +364,9 @@ def example_grid(
     for ax, i, k in zip(axes.flat, chosen, range(len(chosen))):
         image = open_image(source.image(i))
         image.thumbnail((256, 256))
-        caption = source.captions[i] if isinstance(source.captions[i], str) else source.captions[i][0]
         ax.imshow(image)
-        ax.set_title('\n'.join(textwrap.wrap((titles[k] if titles else caption)[:110], 30)), fontsize=6)
+        title = titles[k] if titles else source.captions[i][0]
+        ax.set_title('\n'.join(textwrap.wrap(title[:110], 30)), fontsize=6)
     return figure
 
 def duplicate_grid(

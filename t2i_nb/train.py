@@ -125,10 +125,11 @@ def check_run(
         raise InputError(f"unet.overrides.dropout is {cfg.unet.overrides['dropout']}, and a resumed run could not "
                          "repeat its draws; leave it out")
     check_objective(cfg.objective); check_sampler(cfg.sample.sampler)
+    if cfg.vae.patch < 1: raise InputError(f"vae.patch is {cfg.vae.patch}; use 1, 2 or 4")
     size, f = cfg.data.size, recipe_factor(cfg.vae)
     if f and size % f:
-        raise InputError(f"data.size {size} is not a multiple of {f}, the VAE's factor; "
-                         f"use {size//f*f or f} or {size//f*f + f}")
+        whose = "the VAE's factor" if cfg.vae.name else 'vae.patch'
+        raise InputError(f"data.size {size} is not a multiple of {f}, {whose}; use {size//f*f or f} or {size//f*f + f}")
     if f: unet_keys(cfg.unet, size//f, 4, 1)
 
 # %% ../nbs/04_train_deepspeed.ipynb #38374537
@@ -163,11 +164,9 @@ def caption_rows(
     wordings:list # the captions of each picture
 )->Tensor:        # (n, k), -1 where a picture has fewer than k
     "Where the states of each picture's captions lie"
-    rows = torch.full((len(wordings), max(map(len, wordings))), -1)
-    flat = texts.rows([c for w in wordings for c in w]).tolist()
-    for row, w in zip(rows, wordings):
-        row[:len(w)] = torch.tensor(flat[:len(w)])
-        del flat[:len(w)]
+    counts = torch.tensor([len(w) for w in wordings])
+    rows = torch.full((len(wordings), int(counts.max())), -1)
+    rows[torch.arange(rows.shape[1]) < counts[:, None]] = texts.rows([c for w in wordings for c in w])
     return rows
 
 def picture_classes(
@@ -177,13 +176,15 @@ def picture_classes(
 )->tuple:           # (n,) class numbers and the names of the classes; None and () where `label` is empty
     "The class of each picture, by its place in the sorted names of the training split"
     if not cfg.label: return None, ()
-    known = dataset.attributes or [{}]
-    if cfg.label not in known[0]:
-        raise InputError(f"data.label is '{cfg.label}'{nearest(cfg.label, known[0])}, and the "
-                         f"pictures have {', '.join(known[0]) or 'no columns'}")
-    of = lambda d: [str(a[cfg.label]) for a in d.attributes]
-    names = sorted(set(of(dataset if split == 'train' else load_dataset(cfg))))
-    return torch.tensor([names.index(c) if c in names else len(names) for c in of(dataset)]), tuple(names)
+    columns = dict.fromkeys(k for row in dataset.attributes or () for k in row)
+    if cfg.label not in columns:
+        raise InputError(f"data.label is '{cfg.label}'{nearest(cfg.label, columns)}, and the "
+                         f"pictures have {', '.join(columns) or 'no columns'}")
+    classes = lambda d: [row.get(cfg.label) for row in d.attributes]
+    training = dataset if split == 'train' else load_dataset(cfg)
+    names = sorted({str(c) for c in classes(training) if c is not None})
+    numbers = {name: k for k, name in enumerate(names)} # a picture without a class has the number of none
+    return torch.tensor([numbers.get(str(c), len(names)) for c in classes(dataset)]), tuple(names)
 
 # %% ../nbs/04_train_deepspeed.ipynb #3ef0d57e
 def prepare_data(
@@ -196,7 +197,7 @@ def prepare_data(
     log=lambda text: None  # told, in a sentence, which pictures are damaged and left out
 )->TrainingData:
     "Encode pictures and captions once"
-    dataset = load_usable(cfg.data, split, cache and Path(cache)/'damaged.json', log)
+    dataset = load_usable(cfg.data, split, cache and Path(cache)/'pictures.json', log)
     if models.vae is not None: check_size(models.vae, cfg.data.size)
     latents = build_latent_cache(dataset, models.vae, cache, device, progress, cfg.vae.patch)
     mirror = cfg.data.flip and split == 'train' # validation pictures are shown as they are
@@ -233,24 +234,24 @@ def make_batch(
     n:int               # draws
 )->dict:                # x0, eps (n, c, h, w), u (n,), encoder_hidden_states (n, tokens, dim), class_labels (n,) if any
     "Draws `k` to `k + n`: whatever came before, the same numbers"
-    x0, eps, u, rows, labels = [], [], [], [], []
-    for j in range(k, k + n):
-        i, key = picture_order(len(data), cfg.seed, j), lambda purpose: keyed_generator(cfg.seed, purpose, j)
-        flipped = data.flips and torch.rand((), generator=key('flip')) < .5
-        mean, std = data.flips if flipped else (data.mean, data.std)
-        x = mean[i].float()
-        if cfg.sample_posterior: x = x + std[i].float()*torch.randn(x.shape, generator=key('posterior'))
-        x0.append(x)
-        eps.append(torch.randn(x.shape, generator=key('noise')))
-        u.append(torch.rand((), generator=key('timestep')))
-        drop = torch.rand((), generator=key('dropout')) < cfg.caption_dropout
-        said = data.rows[i][data.rows[i] >= 0]
-        choice = int(torch.rand((), generator=key('caption'))*len(said)) if len(said) > 1 else 0
-        rows.append(0 if drop else int(said[choice]))
-        if data.labels is not None: labels.append(len(data.class_names) if drop else int(data.labels[i]))
-    batch = dict(x0=torch.stack(x0), eps=torch.stack(eps), u=torch.stack(u),
+    def drawn(draw, purpose, shape=()):
+        return torch.stack([draw(shape, generator=keyed_generator(cfg.seed, purpose, j)) for j in range(k, k + n)])
+    at = torch.tensor([picture_order(len(data), cfg.seed, j) for j in range(k, k + n)])
+    mirrored = drawn(torch.rand, 'flip') < .5 if data.flips else torch.zeros(n, dtype=torch.bool)
+    def latents(which): # 0 for means, 1 for deviations; the rows of a batch are read together
+        x = (data.mean, data.std)[which][at].float()
+        if mirrored.any(): x[mirrored] = data.flips[which][at[mirrored]].float()
+        return x
+    x0 = latents(0)
+    if cfg.sample_posterior: x0 += latents(1)*drawn(torch.randn, 'posterior', x0.shape[1:])
+    drop = drawn(torch.rand, 'dropout') < cfg.caption_dropout
+    rows, said = data.rows[at], (data.rows[at] >= 0).sum(1)
+    choice = (drawn(torch.rand, 'caption')*said).long() if said.max() > 1 else torch.zeros(n, dtype=torch.long)
+    rows = rows.gather(1, choice[:, None])[:, 0].masked_fill(drop, 0)
+    batch = dict(x0=x0, eps=drawn(torch.randn, 'noise', x0.shape[1:]), u=drawn(torch.rand, 'timestep'),
                  encoder_hidden_states=data.states[rows].float())
-    return batch | (dict(class_labels=torch.tensor(labels)) if labels else {})
+    if data.labels is None: return batch
+    return batch | dict(class_labels=data.labels[at].masked_fill(drop, len(data.class_names)))
 
 # %% ../nbs/04_train_deepspeed.ipynb #a2c4ea5d
 def learning_rate(
@@ -462,9 +463,10 @@ def check_pictures(
     then = json.loads(file.read_text()) if file.is_file() else now
     if then['fingerprint'] != now['fingerprint']:
         counts = [f"{o['pictures']:,}" for o in (then, now)]
-        what = f'{counts[0]} of them then, {counts[1]} now' if counts[0] != counts[1] else 'a file or a caption is another one'
-        raise InputError(f"the training pictures are not those that {run_dir} began with ({what}); put them back, use another "
-                         f"--run-dir, or delete {file} to go on with these")
+        what = f'{counts[0]} of them then, {counts[1]} now'
+        if counts[0] == counts[1]: what = 'a file or a caption is another one'
+        raise InputError(f"the training pictures are not those that {run_dir} began with ({what}); put them back, "
+                         f"use another --run-dir, or delete {file} to go on with these")
     if data.fingerprint:
         Path(f'{file}.tmp').write_text(json.dumps(now)); os.replace(f'{file}.tmp', file)
 

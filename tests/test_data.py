@@ -88,7 +88,7 @@ def test_memo_follows_a_file_that_changes(tmp_path):
     for i in range(4): flowers.image(i).save(tmp_path/f'{i}.png')
     whole = (tmp_path/'2.png').read_bytes()
     (tmp_path/'2.png').write_bytes(whole[:200])
-    cfg, memo = DataConfig(source=str(tmp_path)), tmp_path/'cache'/'damaged.json'
+    cfg, memo = DataConfig(source=str(tmp_path)), tmp_path/'cache'/'pictures.json'
     assert len(load_usable(cfg, 'test', memo)) == 3
     (tmp_path/'2.png').write_bytes(whole)
     assert len(load_usable(cfg, 'test', memo)) == 4
@@ -132,5 +132,5 @@ def test_a_link_to_nowhere_is_left_out(tmp_path):
     try: (tmp_path/'1.png').symlink_to(tmp_path/'gone.png')
     except OSError: pytest.skip('this system makes no links')
     cfg = DataConfig(source=str(tmp_path))
-    assert len(load_usable(cfg, 'test', tmp_path/'damaged.json')) == 1
+    assert len(load_usable(cfg, 'test', tmp_path/'pictures.json')) == 1
     assert scan(read_source(cfg))['problems'] == {'1.png': 'cannot be opened'}

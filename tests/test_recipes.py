@@ -43,6 +43,8 @@ def test_two_steps(name, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         assert main(late) == 2 and 'prior' in capsys.readouterr().err
         assert main(['vae', 'prior', str(run), '--n-images', '256']) == 0 and main(late) == 0
+        capsys.readouterr()
+        assert main([*late[:-4], '--start-level', '1.5']) == 2 and '--start-level is 1.5' in capsys.readouterr().err
     from PIL import Image # b: drawn at the size it was trained at
     with Image.open(tmp_path/'a.png') as image: assert image.size == (cfg.data.size, cfg.data.size)
 
