@@ -32,7 +32,7 @@ from .captioner import caption_pictures, load_captioner
 from .captions import TextConfig, check_prompt_length, count_tokens, encoder_places, load_text_encoder
 from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, image_grid, keyed_rng, lazy,
                          load_config, load_function, nearest, package_dir, save_config, show_images, to_dict, to_pil)
-from .data import DataConfig, image_to_tensor
+from .data import DataConfig, check_split, image_to_tensor
 from .evaluation import (Evaluation, evaluate as evaluate_run, open_prompts, save_evaluation,
                                score_prompts, summary, unseen_pictures, vae_report)
 from .prior import PriorConfig, load_prior, made_for, prior_report, read_prior_config, save_prior, train_prior
@@ -702,10 +702,12 @@ def vae_prior(
     nats = prior_report(state.prior, held.mean[:], held.states[:], held.rows)
     return {f'nats per number, {k}': v for k, v in nats.items()} | {'folder': Path(run_dir)/'prior'}
 
-@command('vae evaluate', 't2i vae evaluate tiny', 't2i vae evaluate runs/vae --source photos --size 128')
+@command('vae evaluate', 't2i vae evaluate tiny', 't2i vae evaluate runs/vae --source photos --size 128',
+         't2i vae evaluate runs/vae --source test.parquet --split test')
 def vae_evaluate(
     vae:str,                      # 'tiny' (shipped), a diffusers folder, or a name in the Hugging Face hub
-    source:str='toy_flowers', # toy_flowers, folder or .parquet file: its validation split, left out by t2i vae train
+    source:str='toy_flowers',     # toy_flowers, a folder, .zip or .parquet file, or another source
+    split:str='validation',       # what t2i vae train left out; or test: the official one, else all of the source
     size:int=64,                  # pixels along each side
     n_images:int=256,             # pictures; of a folder at most all that the split has
     out:Path=Path('vae_report.json') # file to write
@@ -714,13 +716,15 @@ def vae_evaluate(
     cfg = RunConfig(data=DataConfig(source=source, size=size, n_images=1), vae=VAEConfig(vae))
     check_run(cfg)
     check_least('--n-images', n_images)
-    if not len(load_dataset(cfg.data, 'validation')): raise InputError(f"{source} holds one picture; use two or more")
+    check_split(split, ('validation', 'test'))
+    if source != 'toy_flowers' and not len(load_dataset(cfg.data, split)):
+        raise InputError(f"{source} holds one picture; use two or more, or --split test")
     check_vae(vae)
     make_folder(out)
-    _, real, attributes = unseen_pictures(cfg.data, n=n_images)
+    _, real, attributes = unseen_pictures(cfg.data, n=n_images, split=split)
     hush()
     report = vae_report(load_vae(cfg.vae, size), real, attributes)
-    Path(out).write_text(json.dumps(dict(vae=vae, source=source, size=size) | report, indent=1) + '\n')
+    Path(out).write_text(json.dumps(dict(vae=vae, source=source, split=split, size=size) | report, indent=1) + '\n')
     read = {f'  {k} read right': round(v, 3) for k, v in report.pop('read', {}).items()}
     return {'report': out, **report, **read}
 

@@ -734,13 +734,14 @@ def unseen_pictures(
     data:str='',    # photographs: another source to compare with; '' takes the validation split
     n:int=256,      # how many pictures
     seed:int=1,     # keys the drawings, or the choice of photographs
-    memo=None       # file that remembers which photographs are damaged
+    memo=None,      # file that remembers which photographs are damaged
+    split:str='validation' # photographs of the run's own source: 'validation' or 'test'
 )->tuple:           # dataset or None, pictures (n, 3, h, w), attributes or None
     "Real pictures that the run did not train on"
     if cfg.source == 'toy_flowers':
         attributes, real = fresh_drawings(n, True, seed, cfg.size)
         return None, real, attributes
-    dataset = load_usable(replace(cfg, source=data), 'test', memo) if data else load_usable(cfg, 'validation', memo)
+    dataset = load_usable(replace(cfg, source=data), 'test', memo) if data else load_usable(cfg, split, memo)
     chosen = keyed_rng(seed, 'unseen').sample(range(len(dataset)), min(n, len(dataset)))
     return dataset, dataset.batch(chosen), None
 

@@ -111,6 +111,7 @@ def test_steps_and_output(run):
     (['evaluate', 'run', '--n-images', '0'], '--n-images is 0; use 3 or more'),
     (['demo', '--set', 'sample.n_images=0'], 'sample.n_images is 0; use 3 or more'),
     (['vae', 'evaluate', 'tiny', '--n-images', '0'], '--n-images is 0; use 1 or more'),
+    (['vae', 'evaluate', 'tiny', '--split', 'tset'], "there is no split 'tset' (did you mean 'test'?); use validation, test"),
     (['vae', 'train', 'demo', '--n-images', '0'], '--n-images is 0; use 1 or more'),
     (['vae', 'train', 'demo', '--batch', '0'], '--batch is 0; use 1 or more'),
     (['vae', 'train', 'demo', '--minutes', '0'], '--minutes is 0; use more than 0')))
@@ -212,9 +213,16 @@ def test_vae_train_leaves_out_what_vae_evaluate_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, 'make_vae', make_vae)
     monkeypatch.setattr(cli, 'vae_report', vae_report)
     cli.vae_train('folder', tmp_path/'vae', 8, set=[f'data.source={tmp_path}', 'data.size=32', 'text.encoder=tiny'])
-    cli.vae_evaluate('tiny', str(tmp_path), 32, out=tmp_path/'report.json')
+    cli.vae_evaluate('tiny', str(tmp_path), size=32, out=tmp_path/'report.json')
     trained, judged = ({o.numpy().tobytes() for o in x} for x in (seen['trained'], ((seen['judged'] + 1)*127.5).round().byte()))
     assert (len(trained), len(judged), len(trained & judged)) == (38, 2, 0)
+    cli.vae_evaluate('tiny', str(tmp_path), 'test', 32, out=tmp_path/'report.json')
+    assert len(seen['judged']) == 40 # a source without splits, all of it
+    (tmp_path/'train').mkdir(); (tmp_path/'test').mkdir()
+    for i in range(40): (tmp_path/f'{i}.png').rename(tmp_path/('test' if i < 6 else 'train')/f'{i}.png')
+    for o in tmp_path.glob('*.txt'): o.unlink()
+    cli.vae_evaluate('tiny', str(tmp_path), 'test', 32, out=tmp_path/'report.json')
+    assert len(seen['judged']) == 6 # the official one
 
 def test_missing_feature_network_is_told(monkeypatch, capsys):
     monkeypatch.setattr(cli, 'find_spec', lambda name: None)
