@@ -65,6 +65,7 @@ def check_prompt(
     if prompt and prompt not in writes: raise InputError(f"'{prompt}' is no captioning task; use {', '.join(writes)}")
     return prompt or '<DETAILED_CAPTION>'
 
+# %% ../nbs/01b_captioner.ipynb #e5e028cb
 def from_name(
     kind,     # an Auto class of transformers
     name,     # a name in the Hugging Face hub, or a folder
@@ -141,6 +142,7 @@ def tiny_blip(
     images = transformers.BlipImageProcessorPil(size=dict(height=32, width=32))
     return model, transformers.BlipProcessor(images, tokenizer)
 
+# %% ../nbs/01b_captioner.ipynb #3f8259ca
 def save_tiny_captioner(
     folder,                 # gets model, processor and tokenizer
     family:str='florence2', # 'florence2' or 'blip'
@@ -161,6 +163,7 @@ def caption_names(
     "What a table calls each picture: its path inside the folder, 'x.parquet row 12', or 'train 12'"
     return [str(k) for k in dataset.keys] if dataset.names is None else list(dataset.names)
 
+# %% ../nbs/01b_captioner.ipynb #e229d3c4
 def append_rows(
     path:Path,  # CSV file, made with its header if it is not there
     column:str, # of what follows the name
@@ -175,6 +178,7 @@ def append_rows(
         f.write(text.getvalue().encode('utf-8', 'backslashreplace'))
         f.flush(), os.fsync(f.fileno())
 
+# %% ../nbs/01b_captioner.ipynb #1c6fc9a3
 def whole_rows(
     data:bytes # of a table
 )->bytes:      # ends with a row's end
@@ -211,6 +215,7 @@ def continue_table(
         raise InputError(f"{out} does not begin with the columns file_name,text; save it as a CSV file with commas")
     return {r['file_name']: r['text'] for r in read_table(read_text(out, out), str(out), 'text')}
 
+# %% ../nbs/01b_captioner.ipynb #8e37b2cc
 @contextmanager
 def only_writer(
     out:Path # a file, there or not
@@ -231,12 +236,14 @@ def out_of_memory(
     said = str(error).lower()
     return isinstance(error, RuntimeError) and ('out of memory' in said or 'allocate memory' in said)
 
+# %% ../nbs/01b_captioner.ipynb #b70fb623
 def first_line(
     error:Exception
 )->str: # one line of at most 200 characters
     "An error as a reason"
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].strip(': ')[:200]
 
+# %% ../nbs/01b_captioner.ipynb #51408226
 def caption_batch(
     captioner,       # function from PIL images to captions
     images:list,     # PIL images in RGB
@@ -275,6 +282,7 @@ class Doubt:
                              f"'{pairs[-1][1]}'; use another model, or another prompt")
         self.in_a_row = 0
 
+# %% ../nbs/01b_captioner.ipynb #f66dec67
 def decoded(
     dataset:ImageCaptionDataset, # of any source
     i:int                        # index

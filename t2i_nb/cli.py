@@ -68,6 +68,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog): super().__init__(prog, max_help_position=36, width=shutil.get_terminal_size((110, 30))[0])
     def _expand_help(self, action): return self._get_help_string(action) # argparse would take the sign for a format
 
+# %% ../nbs/09_cli.ipynb #0d3ca2d3
 def make_parser(
     name:str # of a command
 )->argparse.ArgumentParser:
@@ -111,6 +112,7 @@ def overview(
     recipes = ', '.join(sorted(p.stem for p in (package_dir()/'recipes').glob('*.yaml')))
     return OVERVIEW.format(commands='\n'.join(rows), recipes=recipes)
 
+# %% ../nbs/09_cli.ipynb #9cfa6522
 def find_command(
     argv:list   # words after `t2i`
 )->tuple:       # name of the command, the words after it
@@ -145,6 +147,7 @@ def tell(
     "Say something on stderr"
     sys.stderr.write(f't2i: {text}\n')
 
+# %% ../nbs/09_cli.ipynb #dfae1fbf
 def format_result(
     result # mapping of labels to values, or text
 )->str:    # lines
@@ -156,6 +159,7 @@ def format_result(
 
 GOES_ON = ('demo', 'train', 'vae train') # commands that leave checkpoints
 
+# %% ../nbs/09_cli.ipynb #74ceed54
 def main(
     argv:list=None # words after `t2i`; those of the process if None
 )->int:            # exit code: 0 done, 2 wrong input, 1 a fault, 130 interrupted
@@ -187,6 +191,7 @@ def key_value(
 
 Overrides = Annotated[key_value, dict(nargs='+', action='extend', metavar='KEY=VALUE')]
 
+# %% ../nbs/09_cli.ipynb #fe174104
 def read_recipe(
     recipe:str,   # name or path
     set=None      # overrides, e.g. ['train.lr=1e-4']; named like the option
@@ -199,6 +204,7 @@ def read_recipe(
     load_dataset(replace(cfg.data, n_images=1)) # refuses a source without pictures
     return cfg
 
+# %% ../nbs/09_cli.ipynb #76f761f6
 def run_folder(
     recipe:str,   # name or path
     run_dir=None  # as typed
@@ -259,12 +265,14 @@ def hush():
         package.utils.logging.disable_progress_bar()
         package.utils.logging.set_verbosity_error()
 
+# %% ../nbs/09_cli.ipynb #2f609e24
 def bar(
     label:str # what is being done
 ):            # wraps an iterable
     "A progress bar on stderr, in a terminal"
     return lambda items: tqdm.tqdm(items, desc=label, disable=bool(os.environ.get('IN_TEST')) or None)
 
+# %% ../nbs/09_cli.ipynb #e08c0a9d
 def caption_limit(
     cfg:TextConfig # which text encoder
 )->tuple:          # function from captions to numbers of tokens, most that are heard; None and 0 without the encoder
@@ -385,6 +393,7 @@ def grid_prompts(
     held = load_dataset(cfg.data, 'validation')
     return list(dict.fromkeys(held.captions))[:n]
 
+# %% ../nbs/09_cli.ipynb #cc0dd536
 def prepare(
     cfg:RunConfig,     # the recipe
     run_dir:Path,      # its `cache/` keeps the latents
@@ -511,12 +520,14 @@ def check_features(
 
 DEFAULTS = {k: p.default for k, p in inspect.signature(evaluate_run).parameters.items()}
 
+# %% ../nbs/09_cli.ipynb #d9fab40a
 def open_pictures(
     n_images:int # pictures in each scored set
 )->int:          # pictures for what prompts leave open
     "Their number in the proportion of `evaluation.evaluate`'s defaults"
     return n_images*DEFAULTS['n_open']//DEFAULTS['n_images']
 
+# %% ../nbs/09_cli.ipynb #14541461
 def tell_pictures(
     cfg:RunConfig, # of the run
     n_images:int,  # pictures in each scored set: toy flowers have two, photographs one
@@ -613,6 +624,7 @@ def all_pixels(
     parts = [dataset.batch(range(i, min(i + 256, len(dataset)))) for i in bar('pictures')(range(0, len(dataset), 256))]
     return torch.cat([((p + 1)*127.5).round().to(torch.uint8) for p in parts])
 
+# %% ../nbs/09_cli.ipynb #bb42c737
 def check_vae_folder(
     folder:Path,            # where a VAE is or will be
     cfg:VAEConfig,          # wanted architecture
@@ -683,6 +695,7 @@ def check_vae(
     if vae != 'tiny' and not (Path(vae)/'config.json').is_file() and (Path(vae).exists() or vae.count('/') != 1):
         raise InputError(f"there is no VAE in '{vae}' (no config.json); give tiny, a diffusers folder, or a hub name")
 
+# %% ../nbs/09_cli.ipynb #fb2d8af9
 @command('vae prior', 't2i vae prior runs/mine', 't2i vae prior runs/mine --n-images 400000')
 def vae_prior(
     run_dir:Path,         # a run that t2i train has prepared
@@ -702,6 +715,7 @@ def vae_prior(
     nats = prior_report(state.prior, held.mean[:], held.states[:], held.rows)
     return {f'nats per number, {k}': v for k, v in nats.items()} | {'folder': Path(run_dir)/'prior'}
 
+# %% ../nbs/09_cli.ipynb #2e1ee57d
 @command('vae evaluate', 't2i vae evaluate tiny', 't2i vae evaluate runs/vae --source photos --size 128',
          't2i vae evaluate runs/vae --source test.parquet --split test')
 def vae_evaluate(
@@ -751,6 +765,7 @@ def vae_encode(
     return {'latents': ' x '.join(map(str, z.shape[1:])), 'mean': z.mean().item(), 'deviation': z.std().item(),
             'written to': out}
 
+# %% ../nbs/09_cli.ipynb #74790919
 @command('vae decode', 't2i vae decode photo.safetensors',
          't2i vae decode photo.safetensors --vae runs/vae --out again.png')
 def vae_decode(

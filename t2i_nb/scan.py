@@ -50,6 +50,7 @@ def picture_findings(
         return '', [note for note, there in notes.items() if there], open_image(image)
     except Exception: return 'truncated or damaged', [], None
 
+# %% ../nbs/00c_scan.ipynb #01aa3c77
 def in_threads(
     function,      # of a number
     n:int,         # numbers from 0 up to this
@@ -67,6 +68,7 @@ def content_digest(
     "The same for the same bytes, wherever they lie"
     return hashlib.blake2b(data or b'', digest_size=16).hexdigest()
 
+# %% ../nbs/00c_scan.ipynb #4db43f7d
 def difference_hash(
     image:Image.Image # RGB
 )->int:               # 64 bits
@@ -74,6 +76,7 @@ def difference_hash(
     small = np.asarray(image.convert('L').resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return int.from_bytes(np.packbits(small[:, 1:] - small[:, :-1] > 4).tobytes(), 'big')
 
+# %% ../nbs/00c_scan.ipynb #4b7c0b41
 def raw_moments(
     image:Image.Image # RGB
 )->np.ndarray:        # (3, 3): means of x, x^2 and x^3 of each channel, in [0, 1]
@@ -81,6 +84,7 @@ def raw_moments(
     x = np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float64).reshape(-1, 3)/255
     return np.stack([(x**k).mean(0) for k in (1, 2, 3)])
 
+# %% ../nbs/00c_scan.ipynb #5ece7330
 def file_bytes(
     source # path, file object, PIL image, or None where it could not be opened
 )->bytes:  # None if they cannot be read
@@ -89,6 +93,7 @@ def file_bytes(
     try: return source.read_bytes() if isinstance(source, Path) else source and source.getvalue()
     except OSError: return None
 
+# %% ../nbs/00c_scan.ipynb #824ab035
 def look(
     source # path, file object, PIL image, or None where it could not be opened
 )->dict:   # 'problem', 'notes', 'digest'; of a good one 'size', 'pixels', 'hash' and 'moments' too; ready for JSON
@@ -114,6 +119,7 @@ def opened(
     except OSError: return f'{source} is not there', None # a link to nowhere
     return f'{source} {stat.st_size} {stat.st_mtime_ns}', source
 
+# %% ../nbs/00c_scan.ipynb #23b35c7a
 def look_at_all(
     image,         # function from index to path, file object or PIL image
     n:int,         # how many pictures
@@ -133,6 +139,7 @@ def look_at_all(
         part.write_text(json.dumps(known | dict(found))); os.replace(part, memo)
     return [fact for _, fact in found]
 
+# %% ../nbs/00c_scan.ipynb #4fd071f7
 def leave_out_damaged(
     dataset:ImageCaptionDataset, # of any source
     memo=None,                   # as for `look_at_all`
@@ -209,6 +216,7 @@ def mean_colours(
     "The mean colour of each picture"
     return 255*np.array([f['moments'][0] for f in facts]).reshape(-1, 3)
 
+# %% ../nbs/00c_scan.ipynb #9ef8e957
 def without_near_copies(
     dataset:ImageCaptionDataset, # pictures to judge by, as `load_usable` returns them
     training:ImageCaptionDataset # pictures that were trained on, likewise
@@ -242,6 +250,7 @@ def attribute_matrix(
                 columns |= {f'{key}: {o}': [v == o for v in values] for o, _ in counts.most_common()}
     return list(columns), np.array(list(columns.values()), np.float32).reshape(len(columns), len(rows)).T
 
+# %% ../nbs/00c_scan.ipynb #983830b3
 def attribute_report(
     rows:list # a dictionary per picture
 )->dict:      # 'shares', 'rare', 'together': the ten pairs of attributes that are most correlated
@@ -284,6 +293,7 @@ def spread(
     if not len(values): return {}
     return dict(zip(('least', 'median', 'most'), np.quantile(values, (0, .5, 1)).round(3).tolist()))
 
+# %% ../nbs/00c_scan.ipynb #ff249df6
 def colour_moments(
     raw  # (3, 3), a mean of `raw_moments`
 )->dict: # mean and standard deviation in [0, 1], and skewness, of each channel
@@ -308,6 +318,7 @@ def caption_report(
                 too_long=[c for c, n in lengths.items() if n > max_tokens > 0],
                 left_or_right=sum(bool(LEFT_OR_RIGHT.search(c)) for c in said))
 
+# %% ../nbs/00c_scan.ipynb #258b083c
 def duplicate_report(
     names:list, # of the good pictures
     facts:list  # what `look` says of them
@@ -369,6 +380,7 @@ def example_grid(
         ax.set_title('\n'.join(textwrap.wrap(title[:110], 30)), fontsize=6)
     return figure
 
+# %% ../nbs/00c_scan.ipynb #b497388c
 def duplicate_grid(
     source:Source, # from `read_source`
     report:dict,   # from `scan`

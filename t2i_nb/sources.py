@@ -44,6 +44,7 @@ class Source:
     refused_by:str=''      # the caption file that names pictures which are not there
     def __len__(self): return len(self.names)
 
+# %% ../nbs/00b_sources.ipynb #6e5044ad
 def as_captions(
     value    # a text, a list of texts, or None
 )->tuple:    # at least one text
@@ -51,6 +52,7 @@ def as_captions(
     texts = [value] if isinstance(value, str) else [] if value is None else list(value)
     return tuple(t for t in (' '.join(str(t).split()) for t in texts) if t) or ('',)
 
+# %% ../nbs/00b_sources.ipynb #eb5d313c
 def photo_of(
     name:str # of a class
 )->str:      # '' for ''
@@ -93,6 +95,7 @@ def listing(
     names = [n for n in archive.namelist() if not n.endswith('/') and not n.startswith('__MACOSX')]
     return sorted(names), lambda name: io.BytesIO(archive.read(name))
 
+# %% ../nbs/00b_sources.ipynb #5c075047
 def read_text(
     file,    # path or file object
     name:str # for messages
@@ -139,6 +142,7 @@ def class_names(
     features = json.loads(noted)['info']['features'] if noted else {}
     return {k: f['names'] for k, f in features.items() if isinstance(f, dict) and f.get('_type') == 'ClassLabel'}
 
+# %% ../nbs/00b_sources.ipynb #12f73962
 def check_columns(
     where:str,     # what is read, for messages
     columns:list,  # names of its columns
@@ -153,6 +157,7 @@ def check_columns(
         raise InputError(f"{where} has no column '{cfg.caption_column}'; {there}; set data.caption_column, or make "
                          "captions with data.templates")
 
+# %% ../nbs/00b_sources.ipynb #1b29f4e0
 def split_rows(
     rows:list,     # a dictionary per picture, without the picture
     classes:dict,  # column -> names of its classes
@@ -163,6 +168,7 @@ def split_rows(
     rows = [{k: named(k, v) for k, v in row.items()} for row in rows]
     return [as_captions(row.pop(cfg.caption_column, None)) for row in rows], rows
 
+# %% ../nbs/00b_sources.ipynb #9f5eadf1
 def read_parquet(
     path:Path,     # .parquet file
     cfg:DataConfig # names of the image and caption columns
@@ -177,7 +183,7 @@ def read_parquet(
     return Source(lambda i: io.BytesIO(images[i] or b''), captions,
                   [f'{path.name} row {i}' for i in range(len(images))], rest)
 
-# %% ../nbs/00b_sources.ipynb #12f73962
+# %% ../nbs/00b_sources.ipynb #ed41f2f4
 def joined(
     parts:list[Source] # several sources
 )->Source:
@@ -188,6 +194,7 @@ def joined(
     return Source(lambda n: where[n][0].image(where[n][1]), every('captions'), every('names'),
                   [a or {} for a in every('attributes')], splits if all(splits) else None)
 
+# %% ../nbs/00b_sources.ipynb #c57ef970
 def parquet_source(
     path:Path,     # .parquet file, or a folder of them
     cfg:DataConfig # names of the image and caption columns
@@ -315,6 +322,7 @@ def celeba_table(
     width = len(lines[0]) - 1
     return header[-width:], {row[0]: row[1:] for row in lines}
 
+# %% ../nbs/00b_sources.ipynb #e07142f7
 def celeba_source(
     root:Path,     # holds `img_align_celeba` and the lists
     cfg:DataConfig # seed of the sentences
@@ -376,6 +384,7 @@ HUB_NAMES = dict(pokemon='diffusers/pokemon-gpt4-captions')
 # %% ../nbs/00b_sources.ipynb #fb6608aa
 def archive_of(url:str)->str: return url.rsplit('/', 1)[1]
 
+# %% ../nbs/00b_sources.ipynb #855e69a0
 def lacking(
     name:str, # of a known set
     root:Path # its folder
@@ -454,6 +463,7 @@ class Words(list):
     "Words in a template: all of them, or `{name:3}` of them"
     def __format__(self, spec): return ', '.join(self[:int(spec)] if spec else self)
 
+# %% ../nbs/00b_sources.ipynb #6755c503
 def fill_templates(
     templates:tuple, # e.g. ('a photo of a {label}',)
     attributes:dict, # what is known of a picture
