@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['torch', 'tqdm', 'plt', 'safetensors_numpy', 'COMMANDS', 'OVERVIEW', 'GOES_ON', 'Overrides', 'FEATURES', 'DEFAULTS',
            'command', 'HelpFormatter', 'make_parser', 'overview', 'find_command', 'run_command', 'tell',
-           'format_result', 'main', 'key_value', 'read_recipe', 'run_folder', 'check_least', 'make_folder',
+           'format_result', 'Stopped', 'main', 'key_value', 'read_recipe', 'run_folder', 'check_least', 'make_folder',
            'find_pipeline', 'sampling_settings', 'hush', 'bar', 'caption_limit', 'scan_pictures', 'scan', 'data_get',
            'caption', 'grid_prompts', 'prepare', 'fit', 'cache', 'train', 'sample', 'score_lines', 'check_features',
            'open_pictures', 'tell_pictures', 'evaluate', 'draw_grid', 'demo', 'all_pixels', 'check_vae_folder',
@@ -40,8 +40,8 @@ from .scan import (duplicate_grid, example_grid, load_usable, picture_findings, 
                          scan as scan_source)
 from .sources import IMAGE_SUFFIXES, get_data, load_dataset, read_source
 from .train import (Components, RunConfig, SampleConfig, TrainState, averaged, check_run, check_sampler,
-                          choose_precision, flat, load_components, open_run, prepare_data, train as train_steps,
-                          with_progress)
+                          choose_precision, flat, load_components, open_run, prepare_data, stop_signals,
+                          train as train_steps, with_progress)
 from .unet import Objective
 from .vae import VAEConfig, VAETrainConfig, decode_latents, encode_images, load_vae, make_vae
 
@@ -160,6 +160,9 @@ def format_result(
 GOES_ON = ('demo', 'train', 'vae train') # commands that leave checkpoints
 
 # %% ../nbs/09_cli.ipynb #74ceed54
+class Stopped(Exception):
+    "One sentence for the user: the run was asked to end, and did, in good order"
+
 def main(
     argv:list=None # words after `t2i`; those of the process if None
 )->int:            # exit code: 0 done, 2 wrong input, 1 a fault, 130 interrupted
@@ -172,6 +175,7 @@ def main(
         if debug: traceback.print_exc()
         tell(str(e))
         return 2
+    except Stopped as e: tell(str(e))
     except KeyboardInterrupt:
         goes_on = any(' '.join(argv).startswith(name) for name in GOES_ON)
         tell('interrupted' + '; the same command goes on from the last checkpoint'*goes_on)
@@ -415,8 +419,14 @@ def fit(
     "Train from the newest checkpoint to the end, and leave `pipeline/`"
     from t2i_nb.sampling import grid_maker, save_pipeline
     grid = grid_maker(cfg, models, grid_prompts(cfg))
-    states = train_steps(cfg, run_dir, models, data, held, grid, log=tell)
-    for state in with_progress(states, cfg.train.n_images): pass
+    with stop_signals() as asked:
+        states = train_steps(cfg, run_dir, models, data, held, grid, tell, asked)
+        for state in with_progress(states, cfg.train.n_images): pass
+    if state.ended not in ('pictures', 'minutes'):
+        raise Stopped(f"{state.ended}: stopped and saved after {state.images_seen:,} of {cfg.train.n_images:,} pictures; "
+                      "the same command goes on from there")
+    if state.ended == 'minutes':
+        tell(f"train.max_minutes ended the run after {state.images_seen:,} of {cfg.train.n_images:,} pictures")
     save_pipeline(Path(run_dir)/'pipeline', averaged(state.unet, state.ema), models, Objective(cfg.objective))
     return state
 

@@ -79,7 +79,7 @@ def test_killed_and_resumed(pictures, models, tmp_path):
 
 LOCK = """import sys, time
 from pathlib import Path
-from t2i_nb.captioner import only_writer
+from t2i_nb.core import only_writer
 with only_writer(Path(sys.argv[1])): print(flush=True), time.sleep(60)"""
 
 def test_one_process_a_table(pictures, tmp_path):

@@ -1,0 +1,182 @@
+"Runs that are killed, stopped, starved of disk or damaged, in processes of their own"
+import json, os, random, signal, subprocess, sys, time
+import pytest
+from t2i_nb.train import checkpoint_folders, newest_checkpoint, read_metrics
+
+SMALL = ['data.n_images=64', 'data.size=64', 'unet.width=16', 'unet.attention_size=8', 'unet.overrides={"block_out_channels": [8, 16]}',
+         'train.n_images=320', 'train.global_batch=8', 'train.micro_batch=0', 'train.warmup_images=80', 'train.log_images=8',
+         'train.validation_images=160', 'train.checkpoint_images=16', 'train.precision=float32', 'train.device=cpu']
+
+# A process that has imported everything, and forks a training for each line it reads: a start takes a tenth of a second
+NURSERY = '''
+import json, os, resource, signal, sys
+import torch
+from pathlib import Path
+from t2i_nb.core import apply_overrides, find_recipe, load_config
+from t2i_nb.train import Components, RunConfig, TrainingData, stop_signals, train
+torch.set_num_threads(1)
+def pictures(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=g).half()
+    return TrainingData(draw(n, 8, 8, 8), draw(n, 8, 8, 8).abs()/4, torch.arange(1, n + 1)[:, None], draw(n + 1, 4, 32))
+parts = pictures(64, 0), pictures(8, 1)
+def fit(run, overrides):
+    cfg = apply_overrides(load_config(find_recipe('demo'), RunConfig), overrides)
+    with stop_signals() as asked:
+        for state in train(cfg, Path(run), Components(None, None, None), *parts, asked=asked): pass
+    return state.ended
+fit(sys.argv[1], json.loads(sys.argv[2]))
+print('ready', flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        if 'limit' in job:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job['limit'], job['limit']))
+        try: print(json.dumps(dict(ended=fit(job['run'], job['overrides']))), flush=True)
+        except Exception as e: print(json.dumps(dict(error=f'{type(e).__name__}: {e}')), flush=True)
+        os._exit(0)
+    print(json.dumps(dict(pid=pid)), flush=True)
+    _, status = os.waitpid(pid, 0)
+    print(json.dumps(dict(status=os.waitstatus_to_exitcode(status))), flush=True)
+'''
+
+class Nursery:
+    "Starts trainings, and lets a function end them"
+    def __init__(self, folder, overrides):
+        code = [sys.executable, '-c', NURSERY, str(folder/'first'), json.dumps(overrides + ['train.n_images=16'])]
+        self.process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout.readline() == 'ready\n'
+    def answer(self): return json.loads(self.process.stdout.readline())
+    def train(self, run, overrides, end=None, **job):
+        "What the training said last, its exit status, its seconds"
+        begun, said = time.perf_counter(), {}
+        self.process.stdin.write(json.dumps(dict(run=str(run), overrides=overrides, **job)) + '\n'); self.process.stdin.flush()
+        pid = self.answer()['pid']
+        if end: end(pid)
+        while 'status' not in (answer := self.answer()): said = answer
+        return said, answer['status'], time.perf_counter() - begun
+    def close(self): self.process.stdin.close(); self.process.wait()
+
+@pytest.fixture(scope='module')
+def nursery(tmp_path_factory):
+    made = Nursery(tmp_path_factory.mktemp('nursery'), SMALL)
+    yield made
+    made.close()
+
+@pytest.fixture(scope='module')
+def alone(nursery, tmp_path_factory):
+    "What a run leaves that nobody interrupts"
+    run = tmp_path_factory.mktemp('alone')/'run'
+    assert nursery.train(run, SMALL)[:2] == (dict(ended='pictures'), 0)
+    return what_is_left(run)
+
+posix = pytest.mark.skipif(os.name == 'nt', reason='forks, and sends SIGKILL')
+
+def end_after(run, lines, number):
+    "A function that sends a signal when `lines` more lines of metrics are there"
+    def end(pid):
+        before = len(read_metrics(run))
+        while len(read_metrics(run)) < before + lines: time.sleep(.01)
+        os.kill(pid, number)
+    return end
+
+def what_is_left(run):
+    "Everything that must not depend on interruptions: the files of the newest checkpoint, and the trace"
+    folder = newest_checkpoint(run)
+    files = {p.name: p.read_bytes() for p in folder.glob('*.safetensors')}
+    numbers = {k: v for k, v in json.loads((folder/'state.json').read_text()).items() if k != 'seconds'}
+    trace = [{k: v for k, v in r.items() if k not in ('seconds', 'images_per_second')} for r in read_metrics(run)]
+    return folder.name, files, numbers, trace
+
+@posix
+@pytest.mark.parametrize('micro', (0, 2))
+def test_killed_twenty_times(nursery, tmp_path, micro):
+    "Weights, average, optimiser and every loss are those of the run that was left alone"
+    overrides, rng = [*SMALL, f'train.micro_batch={micro}'], random.Random(micro)
+    _, status, seconds = nursery.train(tmp_path/'whole', overrides)
+    assert status == 0
+    start = nursery.train(tmp_path/'start', [*overrides, 'train.n_images=8'])[2] # with its two saves
+    run, halves = tmp_path/'killed', 0
+    half_written = lambda: any((run/'checkpoints').glob('.img-*.tmp'))
+    def at_random(pid):
+        time.sleep(rng.uniform(0, start + seconds/25)); os.kill(pid, signal.SIGKILL)
+    def while_saving(pid):
+        until = time.perf_counter() + start + seconds/25
+        while not half_written() and time.perf_counter() < until: pass
+        os.kill(pid, signal.SIGKILL)
+    for k in range(20):
+        _, status, _ = nursery.train(run, overrides, while_saving if k % 4 == 3 else at_random)
+        assert status == -signal.SIGKILL, f'ended before kill {k}'
+        halves += half_written()
+    said, status, _ = nursery.train(run, overrides)
+    assert (said, status) == (dict(ended='pictures'), 0) and halves >= 1
+    assert what_is_left(run) == what_is_left(tmp_path/'whole')
+
+@posix
+def test_stopped_in_good_order(nursery, alone, tmp_path):
+    "SIGTERM and SIGINT end a run after its step, with a checkpoint of that step"
+    run = tmp_path/'run'
+    for number in (signal.SIGTERM, signal.SIGINT):
+        said, status, _ = nursery.train(run, SMALL, end_after(run, 5, number))
+        assert (said, status) == (dict(ended=number.name), 0)
+        steps = [r['images_seen'] for r in read_metrics(run) if 'loss' in r]
+        assert newest_checkpoint(run).name == f'img-{steps[-1]:08d}' # nothing is lost
+    nursery.train(run, SMALL)
+    assert what_is_left(run) == alone
+
+@posix
+def test_no_room(nursery, alone, tmp_path):
+    "A save that does not fit ends the run in one sentence, and leaves the checkpoints before it"
+    run = tmp_path/'run'
+    nursery.train(run, SMALL, end_after(run, 5, signal.SIGTERM))
+    before = {p: p.read_bytes() for p in (run/'checkpoints').rglob('*') if p.is_file()}
+    said, status, _ = nursery.train(run, SMALL, limit=20_000)
+    assert status == 0 and 'cannot be written' in said['error'] and said['error'].startswith('InputError'), said
+    assert {p: p.read_bytes() for p in (run/'checkpoints').rglob('*') if p.is_file()} == before
+    nursery.train(run, SMALL)
+    assert what_is_left(run) == alone
+
+@posix
+def test_a_hundred_damages(nursery, tmp_path):
+    "A checkpoint that is not as it was written is never loaded"
+    nursery.train(tmp_path, [*SMALL, 'train.n_images=64'])
+    good, newest = checkpoint_folders(tmp_path)
+    whole, rng = {p: p.read_bytes() for p in newest.iterdir()}, random.Random(0)
+    for k in range(100):
+        path = rng.choice(sorted(whole))
+        data, at = bytearray(whole[path]), rng.randrange(len(whole[path]))
+        match k % 4:
+            case 0: path.write_bytes(data[:at]) # truncated
+            case 1: data[at] ^= 1 << rng.randrange(8); path.write_bytes(data) # one bit
+            case 2: path.unlink()
+            case 3: path.write_bytes(data[:at] + bytes(len(data) - at)) # zeros, as after a power cut
+        said, changed = [], not path.is_file() or path.read_bytes() != whole[path]
+        assert newest_checkpoint(tmp_path, said.append) == (good if changed else newest), (k, path.name)
+        assert said == [f'{newest.name} is damaged and is skipped']*changed
+        path.write_bytes(whole[path])
+    assert newest_checkpoint(tmp_path) == newest
+
+@posix
+def test_the_command_is_asked_to_end(tmp_path):
+    "`t2i train` saves and exits with 0 on SIGTERM, and a second process on the same run is refused"
+    words = [sys.executable, '-m', 't2i_nb', 'train', 'demo', '--run-dir', str(tmp_path/'run'), '--set', *SMALL, 'train.n_images=800000']
+    first = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    while not read_metrics(tmp_path/'run'): time.sleep(.1); assert first.poll() is None
+    second = subprocess.run(words, capture_output=True, text=True)
+    assert second.returncode == 2 and 'another process is writing' in second.stderr
+    first.send_signal(signal.SIGTERM)
+    begun, (_, said) = time.perf_counter(), first.communicate(timeout=60)
+    assert first.returncode == 0 and 'SIGTERM: stopped and saved after' in said, said
+    assert time.perf_counter() - begun < 10 and not (tmp_path/'run'/'pipeline').exists()
+
+def test_a_budget_in_minutes(tmp_path):
+    "A run that is out of time is validated, saved and drawn from like one that is done"
+    from t2i_nb.cli import main
+    words = ['train', 'demo', '--run-dir', str(tmp_path), '--set', *SMALL, 'train.n_images=800000', 'train.max_minutes=0.05', 'train.checkpoint_images=400000']
+    assert main([*words, 'train.checkpoint_minutes=0.01']) == 0
+    rows = read_metrics(tmp_path)
+    assert 3 <= max(r.get('seconds', 0) for r in rows) < 30 and 'validation_loss' in rows[-1]
+    assert newest_checkpoint(tmp_path).name == f"img-{rows[-1]['images_seen']:08d}" and len(checkpoint_folders(tmp_path)) == 2
+    assert main(['sample', str(tmp_path), 'a red flower', '--out', str(tmp_path/'a.png'), '--num-inference-steps', '2']) == 0
