@@ -39,8 +39,8 @@ from .prior import PriorConfig, load_prior, made_for, prior_report, read_prior_c
 from .scan import (duplicate_grid, example_grid, load_usable, picture_findings, plot_attributes,
                          scan as scan_source)
 from .sources import IMAGE_SUFFIXES, get_data, load_dataset, read_source
-from .train import (Components, RunConfig, SampleConfig, TrainState, averaged, check_run, check_sampler,
-                          choose_precision, flat, load_components, open_run, prepare_data, stop_signals,
+from .train import (ENDS, Components, RunConfig, SampleConfig, TrainState, averaged, best_average, check_run,
+                          check_sampler, choose_precision, flat, load_components, open_run, prepare_data, stop_signals,
                           train as train_steps, with_progress)
 from .unet import Objective
 from .vae import VAEConfig, VAETrainConfig, decode_latents, encode_images, load_vae, make_vae
@@ -422,12 +422,15 @@ def fit(
     with stop_signals() as asked:
         states = train_steps(cfg, run_dir, models, data, held, grid, tell, asked)
         for state in with_progress(states, cfg.train.n_images): pass
-    if state.ended not in ('pictures', 'minutes'):
+    if state.ended not in ENDS:
         raise Stopped(f"{state.ended}: stopped and saved after {state.images_seen:,} of {cfg.train.n_images:,} pictures; "
                       "the same command goes on from there")
-    if state.ended == 'minutes':
-        tell(f"train.max_minutes ended the run after {state.images_seen:,} of {cfg.train.n_images:,} pictures")
-    save_pipeline(Path(run_dir)/'pipeline', averaged(state.unet, state.ema), models, Objective(cfg.objective))
+    if state.ended != 'pictures':
+        tell(f"the run ended by {state.ended} after {state.images_seen:,} of {cfg.train.n_images:,} pictures")
+    if state.best_at not in (0, state.images_seen):
+        tell(f"the pipeline has the weights of picture {state.best_at:,}, whose validation loss was least")
+    unet = averaged(state.unet, best_average(run_dir, state))
+    save_pipeline(Path(run_dir)/'pipeline', unet, models, Objective(cfg.objective))
     return state
 
 # %% ../nbs/09_cli.ipynb #fcde8189
@@ -461,7 +464,7 @@ def train(
     open_run(cfg, run_dir, fresh)
     state = fit(cfg, run_dir, *prepare(cfg, run_dir))
     out = {'pictures seen': state.images_seen, 'seconds': round(state.seconds, 1), 'pipeline': run_dir/'pipeline'}
-    if state.validation_bins: out['validation loss'] = sum(state.validation_bins)/len(state.validation_bins)
+    if state.best_at: out['validation loss'] = state.best_loss
     return out | {'next': f't2i sample {run_dir} "a prompt"'}
 
 # %% ../nbs/09_cli.ipynb #febdd489

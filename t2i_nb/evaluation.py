@@ -10,7 +10,7 @@ __all__ = ['torch', 'F', 'safetensors', 'ReaderConfig', 'build_reader', 'split_l
            'load_foreign_reader', 'find_reader', 'open_prompts', 'entropy', 'data_entropy', 'open_entropy', 'mmd2',
            'kid', 'FeatureNetwork', 'efficientnet_lite0', 'reader_features', 'load_feature_network', 'nearest_images',
            'copy_report', 'score_copies', 'show_nearest', 'clipped_share', 'value_histogram', 'histogram_distance',
-           'last_validation', 'Evaluation', 'save_evaluation', 'load_evaluation', 'picture_report', 'score_adherence',
+           'best_validation', 'Evaluation', 'save_evaluation', 'load_evaluation', 'picture_report', 'score_adherence',
            'evaluate_generator', 'summary', 'vae_report', 'describe_device', 'unseen_pictures', 'evaluate',
            'compare_settings']
 
@@ -564,15 +564,14 @@ def histogram_distance(
     return (value_histogram(a) - value_histogram(b)).abs().sum(1).mean().item()/2
 
 # %% ../nbs/08_evaluation.ipynb #4a192a56
-def last_validation(
+def best_validation(
     rows:list[dict] # from `read_metrics`
 )->dict:            # images_seen, mean and bins; empty if nothing was validated
-    "The newest validation loss"
-    for row in reversed(rows):
-        if 'validation_loss' in row:
-            return dict(images_seen=row['images_seen'], mean=row['validation_loss'],
-                        bins=list(row.get('validation_bins', [])))
-    return {}
+    "The least validation loss"
+    rows = [r for r in rows if 'validation_loss' in r]
+    if not rows: return {}
+    best = min(rows, key=lambda r: r['validation_loss'])
+    return dict(images_seen=best['images_seen'], mean=best['validation_loss'], bins=list(best['validation_bins']))
 
 # %% ../nbs/08_evaluation.ipynb #4e1d96cc
 @dataclass(frozen=True)
@@ -772,7 +771,7 @@ def evaluate(
     result = evaluate_generator(
         lambda prompts, seeds: sample(pipeline, prompts, seeds, **how), n_images, dataset,
         load_usable(cfg.data, memo=memo) if n_training else None, n_training, reader, features, n_open, seed,
-        real if toy else None, validation_loss=last_validation(read_metrics(run_dir)),
+        real if toy else None, validation_loss=best_validation(read_metrics(run_dir)),
         vae=vae_report(vae, real, attributes, instrument) if vae else {}, device=describe_device(device), **how)
     save_evaluation(result, run_dir)
     return result
