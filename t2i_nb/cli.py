@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['torch', 'tqdm', 'plt', 'safetensors_numpy', 'COMMANDS', 'OVERVIEW', 'GOES_ON', 'Overrides', 'FEATURES', 'DEFAULTS',
-           'command', 'HelpFormatter', 'make_parser', 'overview', 'find_command', 'run_command', 'tell',
+           'command', 'HelpFormatter', 'make_parser', 'overview', 'find_command', 'run_command', 'leads', 'tell',
            'format_result', 'Stopped', 'main', 'key_value', 'read_recipe', 'run_folder', 'check_least', 'make_folder',
            'find_pipeline', 'sampling_settings', 'hush', 'bar', 'caption_limit', 'scan_pictures', 'scan', 'data_get',
            'caption', 'grid_prompts', 'prepare', 'fit', 'cache', 'train', 'sample', 'score_lines', 'check_features',
@@ -141,11 +141,13 @@ def run_command(
     return function(*bound.args, **bound.kwargs)
 
 # %% ../nbs/09_cli.ipynb #8c76be46
+def leads()->bool: return os.environ.get('RANK', '0') == '0' # the first process of a run, or the only one
+
 def tell(
     text:str # one sentence
 ):
-    "Say something on stderr"
-    sys.stderr.write(f't2i: {text}\n')
+    "Say something on stderr; of several processes of one run only the first speaks"
+    if leads(): sys.stderr.write(f't2i: {text}\n')
 
 # %% ../nbs/09_cli.ipynb #dfae1fbf
 def format_result(
@@ -170,7 +172,9 @@ def main(
     argv = list(sys.argv[1:] if argv is None else argv)
     debug, argv = '--debug' in argv, [w for w in argv if w != '--debug']
     os.environ.setdefault('MPLBACKEND', 'Agg') # pictures go to files, with or without a screen
-    try: sys.stdout.write(format_result(run_command(argv)) + '\n')
+    try:
+        said = format_result(run_command(argv)) + '\n'
+        if leads(): sys.stdout.write(said)
     except InputError as e:
         if debug: traceback.print_exc()
         tell(str(e))
@@ -429,6 +433,7 @@ def fit(
         tell(f"the run ended by {state.ended} after {state.images_seen:,} of {cfg.train.n_images:,} pictures")
     if state.best_at not in (0, state.images_seen):
         tell(f"the pipeline has the weights of picture {state.best_at:,}, whose validation loss was least")
+    if not leads(): return state
     unet = averaged(state.unet, best_average(run_dir, state))
     save_pipeline(Path(run_dir)/'pipeline', unet, models, Objective(cfg.objective))
     return state
@@ -452,7 +457,8 @@ def cache(
 @command('train', 't2i train demo',
          't2i train folder --run-dir runs/mine --set data.source=photos train.n_images=100000',
          't2i train my_recipe.yaml --run-dir runs/second --fresh',
-         't2i train demo   # again: goes on where it was stopped')
+         't2i train demo   # again: goes on where it was stopped',
+         'torchrun --nproc-per-node 2 -m t2i_nb train folder --run-dir runs/mine   # two processes share each batch')
 def train(
     recipe:str,         # name of a recipe, or path of a YAML file
     run_dir:Path=None,  # where everything is left; runs/RECIPE if not given
@@ -461,7 +467,7 @@ def train(
 )->dict:                # where it ended
     "Train a recipe; the same command goes on after an interruption"
     cfg, run_dir = read_recipe(recipe, set), run_folder(recipe, run_dir)
-    open_run(cfg, run_dir, fresh)
+    if leads(): open_run(cfg, run_dir, fresh)
     state = fit(cfg, run_dir, *prepare(cfg, run_dir))
     out = {'pictures seen': state.images_seen, 'seconds': round(state.seconds, 1), 'pipeline': run_dir/'pipeline'}
     if state.best_at: out['validation loss'] = state.best_loss
@@ -612,6 +618,7 @@ def demo(
     "Go the whole path on toy flowers: draw, train, sample, score"
     cfg, run_dir, marks = read_recipe(recipe, set), Path(run_dir), [time.perf_counter()]
     if cfg.data.source != 'toy_flowers': raise InputError('demo scores toy flowers; train others with t2i train')
+    if os.environ.get('WORLD_SIZE', '1') != '1': raise InputError('demo is one process; share t2i train among several')
     check_least('sample.n_images', n := cfg.sample.n_images, 3)
     open_run(cfg, run_dir)
     mark = lambda: marks.append(time.perf_counter())

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['np', 'torch', 'tqdm', 'safetensors_torch', 'LR_SCHEDULES', 'SAMPLERS', 'N_BINS', 'MAY_CHANGE', 'SPIKE', 'STEADY',
-           'MAX_SKIPPED', 'ENDS', 'TrainConfig', 'SampleConfig', 'RunConfig', 'check_sampler', 'recipe_factor',
-           'check_run', 'TrainingData', 'Components', 'load_components', 'caption_rows', 'picture_classes',
-           'prepare_data', 'picture_order', 'epoch_order', 'make_batch', 'learning_rate', 'update_ema',
-           'choose_precision', 'validation_loss', 'flush', 'checksum', 'write_folder', 'optimizer_tensors',
-           'save_checkpoint', 'is_valid', 'checkpoint_folders', 'newest_checkpoint', 'load_checkpoint', 'flat',
-           'open_run', 'check_pictures', 'read_metrics', 'rewind_metrics', 'TrainState', 'micro_loss', 'train_step',
-           'cpu_pool', 'guarded_step', 'stop_signals', 'end_of', 'note_validation', 'drop_old_checkpoints',
-           'best_average', 'averaged', 'train', 'train_alone', 'counters', 'train_loop', 'with_progress']
+           'MAX_SKIPPED', 'ENDS', 'SIGNALS', 'TrainConfig', 'SampleConfig', 'RunConfig', 'check_sampler',
+           'recipe_factor', 'check_run', 'TrainingData', 'Components', 'load_components', 'caption_rows',
+           'picture_classes', 'prepare_data', 'picture_order', 'epoch_order', 'make_batch', 'Ranks', 'join_ranks',
+           'learning_rate', 'update_ema', 'choose_precision', 'validation_loss', 'flush', 'checksum', 'write_folder',
+           'optimizer_tensors', 'save_checkpoint', 'is_valid', 'checkpoint_folders', 'newest_checkpoint',
+           'load_checkpoint', 'flat', 'open_run', 'check_pictures', 'read_metrics', 'rewind_metrics', 'TrainState',
+           'micro_loss', 'train_step', 'cpu_pool', 'guarded_step', 'stop_signals', 'end_of', 'note_validation',
+           'drop_old_checkpoints', 'best_average', 'averaged', 'train', 'check_share', 'train_alone', 'counters',
+           'train_loop', 'with_progress']
 
 # %% ../nbs/04_train_deepspeed.ipynb #427f24ef
 import contextlib
@@ -261,6 +262,51 @@ def make_batch(
                  encoder_hidden_states=data.states[rows].float())
     if data.labels is None: return batch
     return batch | dict(class_labels=data.labels[at].masked_fill(drop, len(data.class_names)))
+
+# %% ../nbs/04_train_deepspeed.ipynb #2b074ade
+@dataclass(frozen=True)
+class Ranks:
+    rank:int=0  # of this process, from 0; rank 0 writes files and speaks
+    world:int=1 # how many there are
+    @property
+    def leads(self)->bool: return self.rank == 0
+    def share(self,
+        k:int,    # number of the first draw
+        batch:int # draws of a step, a multiple of `world`
+    )->tuple:     # number of this rank's first draw, and how many it makes
+        "This rank's part of a batch"
+        n = batch//self.world
+        return k + self.rank*n, n
+    def add_up(self,
+        tensors:list # changed in place
+    ):
+        "Replace each tensor by its sum over all ranks"
+        if self.world == 1: return
+        flat = torch.cat([t.flatten() for t in tensors])
+        torch.distributed.all_reduce(flat)
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])): t.copy_(part.view_as(t))
+    def agree(self,
+        word:str,  # what this rank says, or ''
+        words:tuple # all that can be said
+    )->str:         # what any rank says; the latest in `words` wins
+        "One answer for all: a rank that went on alone would wait for ever"
+        if self.world == 1: return word
+        place = torch.tensor(words.index(word) if word else -1)
+        torch.distributed.all_reduce(place, torch.distributed.ReduceOp.MAX)
+        return words[place] if place >= 0 else ''
+    def wait(self):
+        "Until all ranks are here"
+        if self.world > 1: torch.distributed.barrier()
+
+def join_ranks()->Ranks: # this process alone, unless a launcher says otherwise
+    "Join the other processes of this run, as torchrun and others describe them in the environment"
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    if world == 1: return Ranks()
+    gpu = torch.cuda.is_available()
+    if gpu: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo')
+    return Ranks(torch.distributed.get_rank(), world)
 
 # %% ../nbs/04_train_deepspeed.ipynb #a2c4ea5d
 def learning_rate(
@@ -557,18 +603,24 @@ def train_step(
     images_seen:int,     # number of the first draw
     dtype,               # torch.dtype of the forward pass
     pool=None,           # ThreadPoolExecutor that computes micro-batches side by side, or None
-    limit:float=math.inf # a step with a greater loss, or without a finite gradient, is not taken
+    limit:float=math.inf, # a step with a greater loss, or without a finite gradient, is not taken
+    ranks:Ranks=Ranks()  # the processes that share the batch
 )->tuple:                # loss, gradient norm, was the step taken?
     "One optimiser step over `global_batch` pictures, in micro-batches"
-    params, micro = list(unet.parameters()), cfg.micro_batch or cfg.global_batch
+    first, n = ranks.share(images_seen, cfg.global_batch)
+    params, micro = list(unet.parameters()), cfg.micro_batch or n
     def part(k):
         loss = micro_loss(unet, objective, make_batch(data, cfg, k, micro), dtype)/cfg.global_batch
         return loss.item(), torch.autograd.grad(loss, params) # backward() would add in the order that threads are ready
     optimizer.zero_grad(set_to_none=True)
     total = 0.
-    for loss, grads in (pool.map if pool else map)(part, range(images_seen, images_seen + cfg.global_batch, micro)):
+    for loss, grads in (pool.map if pool else map)(part, range(first, first + n, micro)):
         total += loss
         for p, g in zip(params, grads): p.grad = g if p.grad is None else p.grad.add_(g)
+    if ranks.world > 1:
+        total = torch.tensor(total, dtype=params[0].dtype, device=params[0].device)
+        ranks.add_up([*(p.grad for p in params), total])
+        total = total.item()
     norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
     sound = math.isfinite(norm) and total <= limit
     if sound: optimizer.step()
@@ -596,12 +648,13 @@ def guarded_step(
     cfg:TrainConfig,     # batch, seed, dropout, clipping, decay of the average
     state:TrainState,    # changed in place
     dtype,               # torch.dtype of the forward pass
-    pool=None            # as for `train_step`
+    pool=None,           # as for `train_step`
+    ranks:Ranks=Ranks()  # the processes that share the batch
 ):
     "One step and its average, unless it would do damage"
     limit = SPIKE*state.usual_loss if state.step >= STEADY else math.inf
     state.loss, state.grad_norm, sound = train_step(unet, optimizer, objective, data, cfg, state.images_seen, dtype,
-                                                    pool, limit)
+                                                    pool, limit, ranks)
     if sound:
         state.step, state.skipped_in_a_row = state.step + 1, 0
         state.usual_loss += (state.loss - state.usual_loss)*max(.02, 1/state.step)
@@ -693,19 +746,35 @@ def train(
     asked=lambda: ''         # from `stop_signals`: asked to end after this step?
 ):                           # yields TrainState after every step
     "Train from the newest valid checkpoint, or from the start"
-    check_run(cfg); open_run(cfg, run_dir)
-    with only_writer(Path(run_dir)/'metrics.jsonl', 'wait for it, or use another --run-dir'):
-        yield from train_alone(cfg, Path(run_dir), models, data, held, grid, log, asked)
+    check_run(cfg)
+    ranks, run_dir = join_ranks(), Path(run_dir)
+    check_share(cfg.train, ranks.world)
+    if not ranks.leads: ranks.wait() # for rank 0 to have opened the run
+    else:
+        open_run(cfg, run_dir); ranks.wait()
+    one = only_writer(run_dir/'metrics.jsonl', 'wait for it, or use another --run-dir')
+    with one if ranks.leads else contextlib.nullcontext():
+        yield from train_alone(cfg, run_dir, models, data, held, grid, log, asked, ranks)
 
-def train_alone(cfg, run_dir, models, data, held, grid, log, asked):
-    "What `train` does when no other process writes to the run"
+def check_share(
+    cfg:TrainConfig, # batch and micro-batch
+    world:int        # processes
+):
+    "Refuse a batch that cannot be shared out evenly"
+    each = world*(cfg.micro_batch or 1)
+    if cfg.global_batch % each:
+        raise InputError(f"train.global_batch {cfg.global_batch} cannot be shared by {world} processes in micro-batches "
+                         f"of {cfg.micro_batch or 'any size'}; use a multiple of {each}")
+
+def train_alone(cfg, run_dir, models, data, held, grid, log, asked, ranks):
+    "What `train` does when no other run writes to the directory"
     t = cfg.train
     device, dtype, reason = choose_precision(t)
     log(f'{device}, {reason}')
     models = models or load_components(cfg)
     data = data or prepare_data(cfg, models, 'train', run_dir/'cache', device, log=log)
     held = held or prepare_data(cfg, models, 'validation', run_dir/'cache', device, log=log)
-    check_pictures(run_dir, data)
+    if ranks.leads: check_pictures(run_dir, data)
     objective, shape = Objective(cfg.objective), data.mean.shape
     unet = build_unet(cfg.unet, shape[-1], shape[1], data.states.shape[-1], keyed_seed(t.seed, 'weights'),
                       data.class_names)
@@ -713,13 +782,14 @@ def train_alone(cfg, run_dir, models, data, held, grid, log, asked):
                                   weight_decay=t.weight_decay, fused=device != 'mps')
     state = TrainState(unet=unet, ema={k: p.detach().clone() for k, p in unet.named_parameters()})
     folder = newest_checkpoint(run_dir, log)
+    ranks.wait() # all have looked before rank 0 writes
     if folder:
         for k, v in load_checkpoint(folder, unet, state.ema, optimizer).items(): setattr(state, k, v)
         log(f'goes on at {state.images_seen} pictures, from {folder.name}')
-    else: save_checkpoint(run_dir, unet, state.ema, optimizer, counters(state)) # proves that one can be written
-    rewind_metrics(run_dir, state.images_seen)
+    elif ranks.leads: save_checkpoint(run_dir, unet, state.ema, optimizer, counters(state)) # proves that it can be
+    if ranks.leads: rewind_metrics(run_dir, state.images_seen)
     pool = cpu_pool(t, device)
-    try: yield from train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, grid, pool, asked)
+    try: yield from train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, grid, pool, asked, ranks)
     finally:
         if pool: pool.shutdown()
 
@@ -731,22 +801,26 @@ def counters(
     return {k: getattr(state, k) for k in ('images_seen', 'step', 'seconds', 'usual_loss', 'skipped',
                                            'skipped_in_a_row', 'best_loss', 'best_at', 'worse')}
 
-def train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, grid, pool, asked):
+SIGNALS = ('SIGINT', 'SIGTERM')
+
+def train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, grid, pool, asked, ranks):
     "Steps until the end, with everything that happens between them"
-    t, unet, state.ended = cfg.train, state.unet, end_of(cfg.train, state)
+    over = lambda: ranks.agree(end_of(t, state) or asked(), (*SIGNALS, *ENDS))
+    t, unet = cfg.train, state.unet
+    state.ended = over()
     due = lambda every: every and (state.images_seen//every > before//every or state.ended in ENDS)
     start, mark, logged = time.perf_counter() - state.seconds, time.perf_counter(), state.images_seen
     saved = state.seconds
-    with open(run_dir/'metrics.jsonl', 'a') as metrics:
+    with open(run_dir/'metrics.jsonl' if ranks.leads else os.devnull, 'a') as metrics:
         def write(**row): metrics.write(json.dumps(row) + '\n'); metrics.flush()
         if state.ended: yield state # nothing left to do, but the weights are wanted
         while not state.ended:
             state.lr, before = learning_rate(t, state.images_seen), state.images_seen
             for group in optimizer.param_groups: group['lr'] = state.lr
-            guarded_step(unet, optimizer, objective, data, t, state, dtype, pool)
+            guarded_step(unet, optimizer, objective, data, t, state, dtype, pool, ranks)
             state.images_seen += t.global_batch
             state.seconds = time.perf_counter() - start
-            state.ended = end_of(t, state) or asked()
+            state.ended = over()
             if due(t.log_images):
                 now = time.perf_counter()
                 state.images_per_second = (state.images_seen - logged)/(now - mark)
@@ -760,13 +834,14 @@ def train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, gri
                 best = note_validation(state, validation_loss(twin, objective, held, t.seed))
                 write(images_seen=state.images_seen, validation_loss=sum(state.validation_bins)/N_BINS,
                       validation_bins=state.validation_bins)
-                state.ended = state.ended or end_of(t, state)
-                if grid: grid(twin, state.images_seen).save(run_dir/'samples'/f'img-{state.images_seen:08d}.png')
+                state.ended = state.ended or over()
+                if grid and ranks.leads: grid(twin, state.images_seen).save(run_dir/'samples'/f'img-{state.images_seen:08d}.png')
             late = t.checkpoint_minutes and state.seconds - saved >= 60*t.checkpoint_minutes
-            if due(t.checkpoint_images) or best or late or state.ended:
+            if ranks.leads and (due(t.checkpoint_images) or best or late or state.ended):
                 save_checkpoint(run_dir, unet, state.ema, optimizer, counters(state))
                 saved = state.seconds
                 drop_old_checkpoints(run_dir, t.keep_checkpoints, state.best_at)
+            if state.ended: ranks.wait() # for the last checkpoint
             yield state
 
 # %% ../nbs/04_train_deepspeed.ipynb #5e97b85f
@@ -775,7 +850,8 @@ def with_progress(
     n_images:int # where it will end
 ):               # the same states
     "Show a progress bar over the pictures of a run"
-    bar = tqdm.tqdm(total=n_images, unit='img', disable=bool(os.environ.get('IN_TEST')) or None, mininterval=1.)
+    silent = bool(os.environ.get('IN_TEST')) or os.environ.get('RANK', '0') != '0'
+    bar = tqdm.tqdm(total=n_images, unit='img', disable=silent or None, mininterval=1.)
     for state in states:
         bar.update(state.images_seen - bar.n)
         bar.set_postfix(loss=f'{state.loss:.3f}', refresh=False)

@@ -1,5 +1,5 @@
 "Runs that are killed, stopped, starved of disk or damaged, in processes of their own"
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, signal, socket, subprocess, sys, time
 import pytest
 from t2i_nb.train import checkpoint_folders, newest_checkpoint, read_metrics
 
@@ -28,18 +28,22 @@ def fit(run, overrides):
 fit(sys.argv[1], json.loads(sys.argv[2]))
 print('ready', flush=True)
 for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if not pid:
+    job, pids = json.loads(line), []
+    world = job.get('world', 1)
+    for rank in range(world):
+        pids.append(os.fork())
+        if pids[-1]: continue
+        if world > 1: os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(job['port']))
         if 'limit' in job:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (job['limit'], job['limit']))
-        try: print(json.dumps(dict(ended=fit(job['run'], job['overrides']))), flush=True)
-        except Exception as e: print(json.dumps(dict(error=f'{type(e).__name__}: {e}')), flush=True)
+        try: said = dict(ended=fit(job['run'], job['overrides']))
+        except Exception as e: said = dict(error=f'{type(e).__name__}: {e}')
+        if not rank: print(json.dumps(said), flush=True)
         os._exit(0)
-    print(json.dumps(dict(pid=pid)), flush=True)
-    _, status = os.waitpid(pid, 0)
-    print(json.dumps(dict(status=os.waitstatus_to_exitcode(status))), flush=True)
+    print(json.dumps(dict(pids=pids)), flush=True)
+    status = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    print(json.dumps(dict(status=status[0])), flush=True)
 '''
 
 class Nursery:
@@ -52,9 +56,11 @@ class Nursery:
     def train(self, run, overrides, end=None, **job):
         "What the training said last, its exit status, its seconds"
         begun, said = time.perf_counter(), {}
+        if 'world' in job:
+            with socket.socket() as s: s.bind(('127.0.0.1', 0)); job['port'] = s.getsockname()[1]
         self.process.stdin.write(json.dumps(dict(run=str(run), overrides=overrides, **job)) + '\n'); self.process.stdin.flush()
-        pid = self.answer()['pid']
-        if end: end(pid)
+        pids = self.answer()['pids']
+        if end: end(pids)
         while 'status' not in (answer := self.answer()): said = answer
         return said, answer['status'], time.perf_counter() - begun
     def close(self): self.process.stdin.close(); self.process.wait()
@@ -76,11 +82,14 @@ posix = pytest.mark.skipif(os.name == 'nt', reason='forks, and sends SIGKILL')
 
 def end_after(run, lines, number):
     "A function that sends a signal when `lines` more lines of metrics are there"
-    def end(pid):
+    def end(pids):
         before = len(read_metrics(run))
         while len(read_metrics(run)) < before + lines: time.sleep(.01)
-        os.kill(pid, number)
+        send(pids, number)
     return end
+
+def send(pids, number):
+    for pid in pids: os.kill(pid, number)
 
 def what_is_left(run):
     "Everything that must not depend on interruptions: the files of the newest checkpoint, and the trace"
@@ -91,26 +100,25 @@ def what_is_left(run):
     return folder.name, files, numbers, trace
 
 @posix
-@pytest.mark.parametrize('micro', (0, 2))
-def test_killed_twenty_times(nursery, tmp_path, micro):
+@pytest.mark.parametrize('micro, job', ((0, {}), (2, {}), (0, dict(world=2))))
+def test_killed_twenty_times(nursery, tmp_path, micro, job):
     "Weights, average, optimiser and every loss are those of the run that was left alone"
     overrides, rng = [*SMALL, f'train.micro_batch={micro}'], random.Random(micro)
-    _, status, seconds = nursery.train(tmp_path/'whole', overrides)
+    _, status, seconds = nursery.train(tmp_path/'whole', overrides, **job)
     assert status == 0
-    start = nursery.train(tmp_path/'start', [*overrides, 'train.n_images=8'])[2] # with its two saves
+    start = nursery.train(tmp_path/'start', [*overrides, 'train.n_images=8'], **job)[2] # with its two saves
     run, halves = tmp_path/'killed', 0
     half_written = lambda: any((run/'checkpoints').glob('.img-*.tmp'))
-    def at_random(pid):
-        time.sleep(rng.uniform(0, start + seconds/25)); os.kill(pid, signal.SIGKILL)
-    def while_saving(pid):
+    def at_random(pids): time.sleep(rng.uniform(0, start + seconds/25)); send(pids, signal.SIGKILL)
+    def while_saving(pids):
         until = time.perf_counter() + start + seconds/25
         while not half_written() and time.perf_counter() < until: pass
-        os.kill(pid, signal.SIGKILL)
+        send(pids, signal.SIGKILL)
     for k in range(20):
-        _, status, _ = nursery.train(run, overrides, while_saving if k % 4 == 3 else at_random)
+        _, status, _ = nursery.train(run, overrides, while_saving if k % 4 == 3 else at_random, **job)
         assert status == -signal.SIGKILL, f'ended before kill {k}'
         halves += half_written()
-    said, status, _ = nursery.train(run, overrides)
+    said, status, _ = nursery.train(run, overrides, **job)
     assert (said, status) == (dict(ended='pictures'), 0) and halves >= 1
     assert what_is_left(run) == what_is_left(tmp_path/'whole')
 
@@ -187,3 +195,26 @@ def test_patience(nursery, tmp_path):
     still = [*SMALL, 'train.lr=0', 'train.validation_images=80', 'train.patience=2', 'train.keep_checkpoints=1']
     assert nursery.train(tmp_path, still)[0] == dict(ended='patience')
     assert [p.name for p in checkpoint_folders(tmp_path)] == ['img-00000080', 'img-00000240']
+
+@posix
+@pytest.mark.parametrize('first, then', ((2, 1), (1, 2)))
+def test_another_number_of_processes(nursery, alone, tmp_path, first, then):
+    "A run goes on with another number of processes: the same draws, and losses that differ by the order of summation"
+    world = lambda n: dict(world=n) if n > 1 else {}
+    said, _, _ = nursery.train(tmp_path, SMALL, end_after(tmp_path, 10, signal.SIGTERM), **world(first))
+    assert said == dict(ended='SIGTERM')
+    assert nursery.train(tmp_path, SMALL, **world(then))[0] == dict(ended='pictures')
+    losses = [[(r['images_seen'], r['loss']) for r in trace if 'loss' in r] for trace in (alone[3], read_metrics(tmp_path))]
+    assert [n for n, _ in losses[0]] == [n for n, _ in losses[1]]
+    assert max(abs(a - b)/a for (_, a), (_, b) in zip(*losses)) < 1e-5
+
+@posix
+def test_torchrun(tmp_path):
+    "Two processes of the command: one speaks, one pipeline is left; a batch that cannot be shared is refused"
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', '-m', 't2i_nb', 'train', 'demo']
+    words = ['--run-dir', str(tmp_path/'run'), '--set', *SMALL, 'train.n_images=48', 'train.validation_images=0', 'sample.num_inference_steps=2']
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0 and done.stdout.count('pictures seen') == 1, done.stderr
+    assert (tmp_path/'run'/'pipeline'/'model_index.json').is_file() and newest_checkpoint(tmp_path/'run').name == 'img-00000048'
+    odd = subprocess.run([*launch, '--run-dir', str(tmp_path/'odd'), '--set', *SMALL, 'train.global_batch=9'], capture_output=True, text=True)
+    assert odd.returncode and 't2i: train.global_batch 9 cannot be shared by 2 processes' in odd.stderr
