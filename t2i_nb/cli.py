@@ -457,8 +457,7 @@ def cache(
 @command('train', 't2i train demo',
          't2i train folder --run-dir runs/mine --set data.source=photos train.n_images=100000',
          't2i train my_recipe.yaml --run-dir runs/second --fresh',
-         't2i train demo   # again: goes on where it was stopped',
-         'torchrun --nproc-per-node 2 -m t2i_nb train folder --run-dir runs/mine   # two processes share each batch')
+         't2i train demo   # again: goes on where it was stopped')
 def train(
     recipe:str,         # name of a recipe, or path of a YAML file
     run_dir:Path=None,  # where everything is left; runs/RECIPE if not given
