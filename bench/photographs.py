@@ -101,9 +101,10 @@ def main():
     for name, vae in vaes.items():
         out = train_and_score(run/name, recipe(flowers, vae, args.n_images), test, network, args.n_images)
         ends[name], tenth = (out['scores'][k]['kid']['mean'] for k in ('end', 'tenth'))
-        trip = round_trip(load_vae(VAEConfig(str(vae))), judges.split(32))
+        model = load_vae(VAEConfig(str(vae)))
+        trip = round_trip(model, judges.split(32))
         rows.append(dict(name=f'KID to unseen photographs, end against a tenth of the run, {name} VAE', vae=name, ours=ends[name],
-                         theirs=tenth, ratio=tenth/ends[name], **common, **out, round_trip={k: trip[k] for k in ('psnr', 'ssim')}))
+                         theirs=tenth, ratio=tenth/ends[name], latent_channels=model.config.latent_channels, **common, **out, round_trip={k: trip[k] for k in ('psnr', 'ssim')}))
     if args.fine_tuned:
         ours, theirs = ends['fine-tuned'], ends['pretrained']
         rows.append(dict(name='KID to unseen photographs, fine-tuned VAE against the small pretrained one', ours=ours, theirs=theirs,

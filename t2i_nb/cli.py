@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['torch', 'tqdm', 'plt', 'safetensors_numpy', 'COMMANDS', 'OVERVIEW', 'GOES_ON', 'Overrides', 'FEATURES', 'DEFAULTS',
-           'command', 'HelpFormatter', 'make_parser', 'overview', 'find_command', 'run_command', 'leads', 'tell',
+           'command', 'HelpFormatter', 'make_parser', 'overview', 'find_command', 'run_command', 'tell',
            'format_result', 'Stopped', 'main', 'key_value', 'read_recipe', 'run_folder', 'check_least', 'make_folder',
            'find_pipeline', 'sampling_settings', 'hush', 'bar', 'caption_limit', 'scan_pictures', 'scan', 'data_get',
            'caption', 'grid_prompts', 'prepare', 'fit', 'cache', 'train', 'sample', 'score_lines', 'check_features',
@@ -41,7 +41,7 @@ from .scan import (duplicate_grid, example_grid, load_usable, picture_findings, 
 from .sources import IMAGE_SUFFIXES, get_data, load_dataset, read_source
 from .train import (ENDS, Components, RunConfig, SampleConfig, TrainState, averaged, best_average, check_run,
                           check_sampler, choose_precision, flat, load_components, open_run, prepare_data, stop_signals,
-                          train as train_steps, with_progress)
+                          this_rank, train as train_steps, with_progress)
 from .unet import Objective
 from .vae import VAEConfig, VAETrainConfig, decode_latents, encode_images, load_vae, make_vae
 
@@ -141,13 +141,11 @@ def run_command(
     return function(*bound.args, **bound.kwargs)
 
 # %% ../nbs/09_cli.ipynb #8c76be46
-def leads()->bool: return os.environ.get('RANK', '0') == '0' # the first process of a run, or the only one
-
 def tell(
     text:str # one sentence
 ):
     "Say something on stderr; of several processes of one run only the first speaks"
-    if leads(): sys.stderr.write(f't2i: {text}\n')
+    if this_rank().leads: sys.stderr.write(f't2i: {text}\n')
 
 # %% ../nbs/09_cli.ipynb #dfae1fbf
 def format_result(
@@ -174,7 +172,7 @@ def main(
     os.environ.setdefault('MPLBACKEND', 'Agg') # pictures go to files, with or without a screen
     try:
         said = format_result(run_command(argv)) + '\n'
-        if leads(): sys.stdout.write(said)
+        if this_rank().leads: sys.stdout.write(said)
     except InputError as e:
         if debug: traceback.print_exc()
         tell(str(e))
@@ -277,8 +275,9 @@ def hush():
 def bar(
     label:str # what is being done
 ):            # wraps an iterable
-    "A progress bar on stderr, in a terminal"
-    return lambda items: tqdm.tqdm(items, desc=label, disable=bool(os.environ.get('IN_TEST')) or None)
+    "A progress bar on stderr, in a terminal, of the first process of a run"
+    silent = bool(os.environ.get('IN_TEST')) or not this_rank().leads
+    return lambda items: tqdm.tqdm(items, desc=label, disable=silent or None)
 
 # %% ../nbs/09_cli.ipynb #e08c0a9d
 def caption_limit(
@@ -433,7 +432,7 @@ def fit(
         tell(f"the run ended by {state.ended} after {state.images_seen:,} of {cfg.train.n_images:,} pictures")
     if state.best_at not in (0, state.images_seen):
         tell(f"the pipeline has the weights of picture {state.best_at:,}, whose validation loss was least")
-    if not leads(): return state
+    if not this_rank().leads: return state
     unet = averaged(state.unet, best_average(run_dir, state))
     save_pipeline(Path(run_dir)/'pipeline', unet, models, Objective(cfg.objective))
     return state
@@ -466,7 +465,7 @@ def train(
 )->dict:                # where it ended
     "Train a recipe; the same command goes on after an interruption"
     cfg, run_dir = read_recipe(recipe, set), run_folder(recipe, run_dir)
-    if leads(): open_run(cfg, run_dir, fresh)
+    if this_rank().leads: open_run(cfg, run_dir, fresh)
     state = fit(cfg, run_dir, *prepare(cfg, run_dir))
     out = {'pictures seen': state.images_seen, 'seconds': round(state.seconds, 1), 'pipeline': run_dir/'pipeline'}
     if state.best_at: out['validation loss'] = state.best_loss
@@ -617,7 +616,7 @@ def demo(
     "Go the whole path on toy flowers: draw, train, sample, score"
     cfg, run_dir, marks = read_recipe(recipe, set), Path(run_dir), [time.perf_counter()]
     if cfg.data.source != 'toy_flowers': raise InputError('demo scores toy flowers; train others with t2i train')
-    if os.environ.get('WORLD_SIZE', '1') != '1': raise InputError('demo is one process; share t2i train among several')
+    if this_rank().world > 1: raise InputError('demo is one process; share t2i train among several')
     check_least('sample.n_images', n := cfg.sample.n_images, 3)
     open_run(cfg, run_dir)
     mark = lambda: marks.append(time.perf_counter())

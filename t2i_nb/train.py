@@ -6,13 +6,13 @@
 __all__ = ['np', 'torch', 'tqdm', 'safetensors_torch', 'LR_SCHEDULES', 'SAMPLERS', 'N_BINS', 'MAY_CHANGE', 'SPIKE', 'STEADY',
            'MAX_SKIPPED', 'ENDS', 'SIGNALS', 'TrainConfig', 'SampleConfig', 'RunConfig', 'check_sampler',
            'recipe_factor', 'check_run', 'TrainingData', 'Components', 'load_components', 'caption_rows',
-           'picture_classes', 'prepare_data', 'picture_order', 'epoch_order', 'make_batch', 'Ranks', 'join_ranks',
-           'learning_rate', 'update_ema', 'choose_precision', 'validation_loss', 'flush', 'checksum', 'write_folder',
-           'optimizer_tensors', 'save_checkpoint', 'is_valid', 'checkpoint_folders', 'newest_checkpoint',
-           'load_checkpoint', 'flat', 'open_run', 'check_pictures', 'read_metrics', 'rewind_metrics', 'TrainState',
-           'micro_loss', 'train_step', 'cpu_pool', 'guarded_step', 'stop_signals', 'end_of', 'note_validation',
-           'drop_old_checkpoints', 'best_average', 'averaged', 'train', 'check_share', 'train_alone', 'counters',
-           'train_loop', 'with_progress']
+           'picture_classes', 'prepare_data', 'picture_order', 'epoch_order', 'make_batch', 'Ranks', 'this_rank',
+           'join_ranks', 'learning_rate', 'update_ema', 'choose_precision', 'validation_loss', 'flush', 'checksum',
+           'write_folder', 'optimizer_tensors', 'save_checkpoint', 'is_valid', 'checkpoint_folders',
+           'newest_checkpoint', 'load_checkpoint', 'flat', 'open_run', 'check_pictures', 'read_metrics',
+           'rewind_metrics', 'TrainState', 'micro_loss', 'train_step', 'cpu_pool', 'guarded_step', 'stop_signals',
+           'end_of', 'note_validation', 'drop_old_checkpoints', 'best_average', 'averaged', 'train', 'check_share',
+           'train_alone', 'counters', 'train_loop', 'with_progress']
 
 # %% ../nbs/04_train_deepspeed.ipynb #427f24ef
 import contextlib
@@ -124,6 +124,9 @@ def check_run(
         raise InputError(f"train.lr_schedule is '{t.lr_schedule}'; use one of {', '.join(LR_SCHEDULES)}")
     if not 0 <= t.caption_dropout < 1:
         raise InputError(f"train.caption_dropout is {t.caption_dropout}; use a share in [0, 1)")
+    if t.keep_checkpoints < 1: raise InputError(f"train.keep_checkpoints is {t.keep_checkpoints}; use 1 or more")
+    for name in ('max_minutes', 'checkpoint_minutes', 'patience'):
+        if getattr(t, name) < 0: raise InputError(f"train.{name} is {getattr(t, name)}; use 0 for none, or more")
     if t.precision not in ('auto', 'float32', 'bfloat16'):
         raise InputError(f"train.precision is '{t.precision}'; use auto, float32 or bfloat16")
     if t.n_images < t.global_batch:
@@ -298,15 +301,18 @@ class Ranks:
         "Until all ranks are here"
         if self.world > 1: torch.distributed.barrier()
 
-def join_ranks()->Ranks: # this process alone, unless a launcher says otherwise
-    "Join the other processes of this run, as torchrun and others describe them in the environment"
-    world = int(os.environ.get('WORLD_SIZE', 1))
-    if world == 1: return Ranks()
+def this_rank()->Ranks: # this process alone, unless a launcher says otherwise
+    "The place of this process, as torchrun and others note it in the environment"
+    return Ranks(int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
+
+def join_ranks()->Ranks: # as `this_rank`
+    "Join the other processes of this run"
+    if this_rank().world == 1: return this_rank()
     gpu = torch.cuda.is_available()
     if gpu: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo')
-    return Ranks(torch.distributed.get_rank(), world)
+    return this_rank()
 
 # %% ../nbs/04_train_deepspeed.ipynb #a2c4ea5d
 def learning_rate(
@@ -670,10 +676,12 @@ def guarded_step(
 @contextlib.contextmanager
 def stop_signals():
     "Inside, SIGTERM and SIGINT are noted: what this yields is a function that gives the name of the first, or ''"
-    asked = []
+    asked, first = [], math.inf
     def note(number, frame):
+        nonlocal first
+        if time.monotonic() > first + 1: raise KeyboardInterrupt
+        first = min(first, time.monotonic())
         asked.append(signal.Signals(number).name)
-        if len(asked) > 1: raise KeyboardInterrupt
     main = threading.current_thread() is threading.main_thread() # Python lets no other thread set handlers
     before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
     try: yield lambda: asked[0] if asked else ''
@@ -749,9 +757,8 @@ def train(
     check_run(cfg)
     ranks, run_dir = join_ranks(), Path(run_dir)
     check_share(cfg.train, ranks.world)
-    if not ranks.leads: ranks.wait() # for rank 0 to have opened the run
-    else:
-        open_run(cfg, run_dir); ranks.wait()
+    if ranks.leads: open_run(cfg, run_dir)
+    ranks.wait()
     one = only_writer(run_dir/'metrics.jsonl', 'wait for it, or use another --run-dir')
     with one if ranks.leads else contextlib.nullcontext():
         yield from train_alone(cfg, run_dir, models, data, held, grid, log, asked, ranks)
@@ -850,7 +857,7 @@ def with_progress(
     n_images:int # where it will end
 ):               # the same states
     "Show a progress bar over the pictures of a run"
-    silent = bool(os.environ.get('IN_TEST')) or os.environ.get('RANK', '0') != '0'
+    silent = bool(os.environ.get('IN_TEST')) or not this_rank().leads
     bar = tqdm.tqdm(total=n_images, unit='img', disable=silent or None, mininterval=1.)
     for state in states:
         bar.update(state.images_seen - bar.n)

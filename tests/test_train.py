@@ -9,17 +9,26 @@ SMALL = ['data.n_images=64', 'data.size=64', 'unet.width=16', 'unet.attention_si
 
 # A process that has imported everything, and forks a training for each line it reads: a start takes a tenth of a second
 NURSERY = '''
-import json, os, resource, signal, sys
+import hashlib, json, os, resource, signal, sys
 import torch
+import t2i_nb.train
 from pathlib import Path
 from t2i_nb.core import apply_overrides, find_recipe, load_config
-from t2i_nb.train import Components, RunConfig, TrainingData, stop_signals, train
+from t2i_nb.train import Components, RunConfig, TrainingData, make_batch, picture_order, stop_signals, train
 torch.set_num_threads(1)
 def pictures(n, seed):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=g).half()
     return TrainingData(draw(n, 8, 8, 8), draw(n, 8, 8, 8).abs()/4, torch.arange(1, n + 1)[:, None], draw(n + 1, 4, 32))
 parts = pictures(64, 0), pictures(8, 1)
+def note_draws(path): # one line a draw: its number, its picture, a digest of everything that was drawn for it
+    def noting(data, cfg, k, n):
+        batch = make_batch(data, cfg, k, n)
+        digest = lambda i: hashlib.blake2b(b''.join(v[i].numpy().tobytes() for v in batch.values())).hexdigest()[:16]
+        with open(path, 'a') as f:
+            for i in range(n): f.write(json.dumps([k + i, picture_order(len(data), cfg.seed, k + i), digest(i)]) + '\\n')
+        return batch
+    t2i_nb.train.make_batch = noting
 def fit(run, overrides):
     cfg = apply_overrides(load_config(find_recipe('demo'), RunConfig), overrides)
     with stop_signals() as asked:
@@ -37,6 +46,7 @@ for line in sys.stdin:
         if 'limit' in job:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (job['limit'], job['limit']))
+        if 'draws' in job: note_draws(f"{job['draws']}.{os.getpid()}")
         try: said = dict(ended=fit(job['run'], job['overrides']))
         except Exception as e: said = dict(error=f'{type(e).__name__}: {e}')
         if not rank: print(json.dumps(said), flush=True)
@@ -198,15 +208,20 @@ def test_patience(nursery, tmp_path):
 
 @posix
 @pytest.mark.parametrize('first, then', ((2, 1), (1, 2)))
-def test_another_number_of_processes(nursery, alone, tmp_path, first, then):
+def test_another_number_of_processes(nursery, tmp_path, first, then):
     "A run goes on with another number of processes: the same draws, and losses that differ by the order of summation"
-    world = lambda n: dict(world=n) if n > 1 else {}
-    said, _, _ = nursery.train(tmp_path, SMALL, end_after(tmp_path, 10, signal.SIGTERM), **world(first))
-    assert said == dict(ended='SIGTERM')
-    assert nursery.train(tmp_path, SMALL, **world(then))[0] == dict(ended='pictures')
-    losses = [[(r['images_seen'], r['loss']) for r in trace if 'loss' in r] for trace in (alone[3], read_metrics(tmp_path))]
+    longer, world = [*SMALL, 'train.n_images=640'], lambda n: dict(world=n) if n > 1 else {}
+    draws = lambda name: {tuple(json.loads(l)) for p in tmp_path.glob(f'{name}.draws.*') for l in p.read_text().splitlines()}
+    assert nursery.train(tmp_path/'alone', longer, draws=str(tmp_path/'alone.draws'))[0] == dict(ended='pictures')
+    run, job = tmp_path/'run', dict(draws=str(tmp_path/'run.draws'))
+    assert nursery.train(run, longer, end_after(run, 10, signal.SIGTERM), **world(first), **job)[0] == dict(ended='SIGTERM')
+    switch = newest_checkpoint(run).name
+    assert nursery.train(run, longer, **world(then), **job)[0] == dict(ended='pictures')
+    assert draws('alone') == draws('run') and len(draws('run')) == 640
+    losses = [[(r['images_seen'], r['loss']) for r in read_metrics(tmp_path/name) if 'loss' in r] for name in ('alone', 'run')]
     assert [n for n, _ in losses[0]] == [n for n, _ in losses[1]]
-    assert max(abs(a - b)/a for (_, a), (_, b) in zip(*losses)) < 1e-5
+    assert 8*50 + int(switch[4:]) <= 640
+    assert max(abs(a - b)/a for (n, a), (_, b) in zip(*losses) if n <= int(switch[4:]) + 400) < 1e-5
 
 @posix
 def test_torchrun(tmp_path):
@@ -218,3 +233,16 @@ def test_torchrun(tmp_path):
     assert (tmp_path/'run'/'pipeline'/'model_index.json').is_file() and newest_checkpoint(tmp_path/'run').name == 'img-00000048'
     odd = subprocess.run([*launch, '--run-dir', str(tmp_path/'odd'), '--set', *SMALL, 'train.global_batch=9'], capture_output=True, text=True)
     assert odd.returncode and 't2i: train.global_batch 9 cannot be shared by 2 processes' in odd.stderr
+
+@posix
+def test_torchrun_is_asked_to_end(tmp_path):
+    "SIGTERM to the launcher reaches its processes, and they save the step that they are in"
+    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', '-m', 't2i_nb', 'train', 'demo',
+             '--run-dir', str(tmp_path/'run'), '--set', *SMALL, 'train.n_images=800000', 'train.checkpoint_images=400000']
+    launcher = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    while len(read_metrics(tmp_path/'run')) < 3: time.sleep(.1); assert launcher.poll() is None
+    launcher.send_signal(signal.SIGTERM)
+    said = launcher.communicate(timeout=60)[1]
+    assert 'SIGTERM: stopped and saved after' in said, said
+    steps = [r['images_seen'] for r in read_metrics(tmp_path/'run') if 'loss' in r]
+    assert newest_checkpoint(tmp_path/'run').name == f'img-{steps[-1]:08d}' # nothing is lost
