@@ -57,6 +57,7 @@ def key_array(
         keys = np.frombuffer(b''.join(keys), np.uint8)
     return np.ascontiguousarray(keys).view('S16').reshape(-1)
 
+# %% ../nbs/00d_cache.ipynb #5a578812
 def find_keys(
     have,  # keys to search, as `key_array` makes them
     wanted # keys to find
@@ -102,6 +103,7 @@ def shard_path(
     "The file that holds exactly these rows in this order"
     return folder/f'rows-{hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()}.safetensors'
 
+# %% ../nbs/00d_cache.ipynb #edc244f5
 def read_shard(
     path:Path # a shard
 )->tuple:     # its keys, and for each array its dtype and the shape of a row
@@ -138,7 +140,7 @@ def check_rows(
                              "nan; look at what was encoded, or encode in a wider type")
     return found
 
-# %% ../nbs/00d_cache.ipynb #ce1f1300
+# %% ../nbs/00d_cache.ipynb #ec1e63a1
 def save_shard(
     path:Path,   # where it belongs
     columns:dict # name to array, `keys` among them
@@ -155,6 +157,7 @@ def save_shard(
         if not path.is_file(): raise InputError(f"cannot write {path}: {e}; free space or use another folder") from None
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/00d_cache.ipynb #d6c136ef
 def make_shard(
     path:Path,       # where the shard belongs
     keys,            # all keys
@@ -225,7 +228,7 @@ def claimed(
         thread.join()
         with contextlib.suppress(OSError): claim.unlink()
 
-# %% ../nbs/00d_cache.ipynb #9224d44d
+# %% ../nbs/00d_cache.ipynb #0d4b943e
 def is_gone(
     owner:str # what a claim says: machine and process
 )->bool:      # True only when that is sure
@@ -237,6 +240,7 @@ def is_gone(
     except (PermissionError, OverflowError): pass
     return False
 
+# %% ../nbs/00d_cache.ipynb #91196ef9
 def drop_dead(
     folder:Path, # of the cache
     seen:dict    # when each claim was first seen as it is; kept by the caller from call to call

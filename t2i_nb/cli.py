@@ -7,7 +7,8 @@ __all__ = ['torch', 'tqdm', 'plt', 'safetensors_numpy', 'COMMANDS', 'OVERVIEW', 
            'command', 'HelpFormatter', 'make_parser', 'overview', 'find_command', 'run_command', 'tell',
            'format_result', 'Stopped', 'main', 'key_value', 'read_recipe', 'run_folder', 'check_least', 'make_folder',
            'find_pipeline', 'sampling_settings', 'hush', 'bar', 'caption_limit', 'scan_pictures', 'scan', 'data_get',
-           'caption', 'grid_prompts', 'prepare', 'fit', 'cache', 'train', 'sample', 'score_lines', 'check_features',
+           'caption', 'grid_prompts', 'prepare', 'leave_pipeline', 'check_pipeline', 'fit', 'cache', 'train',
+           'run_config', 'pipeline', 'track', 'report', 'compare', 'sample', 'score_lines', 'check_features',
            'open_pictures', 'tell_pictures', 'evaluate', 'draw_grid', 'demo', 'all_pixels', 'check_vae_folder',
            'vae_train', 'check_vae', 'vae_prior', 'vae_evaluate', 'vae_encode', 'vae_decode']
 
@@ -30,18 +31,20 @@ from safetensors import SafetensorError
 import t2i_nb
 from .captioner import caption_pictures, load_captioner
 from .captions import TextConfig, check_prompt_length, count_tokens, encoder_places, load_text_encoder
-from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, image_grid, keyed_rng, lazy,
+from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, flat, image_grid, keyed_rng, lazy,
                          load_config, load_function, nearest, package_dir, save_config, show_images, to_dict, to_pil)
 from .data import DataConfig, check_split, image_to_tensor
+from .engine import choose_precision, this_rank
 from .evaluation import (Evaluation, evaluate as evaluate_run, open_prompts, save_evaluation,
                                score_prompts, summary, unseen_pictures, vae_report)
 from .prior import PriorConfig, load_prior, made_for, prior_report, read_prior_config, save_prior, train_prior
 from .scan import (duplicate_grid, example_grid, load_usable, picture_findings, plot_attributes,
                          scan as scan_source)
 from .sources import IMAGE_SUFFIXES, get_data, load_dataset, read_source
-from .train import (ENDS, Components, RunConfig, SampleConfig, TrainState, averaged, best_average, check_run,
-                          check_sampler, choose_precision, flat, load_components, open_run, prepare_data, stop_signals,
-                          this_rank, train as train_steps, with_progress)
+from .tracking import diff_runs, flight_recorder, follow, progress_gif, send
+from .train import (ENDS, SIGNALS, Components, RunConfig, SampleConfig, TrainState, averaged, best_average, check_run,
+                          check_sampler, load_components, open_run, prepare_data, stop_signals,
+                          train as train_steps, with_progress)
 from .unet import Objective
 from .vae import VAEConfig, VAETrainConfig, decode_latents, encode_images, load_vae, make_vae
 
@@ -412,6 +415,37 @@ def prepare(
                      for split in ('train', 'validation'))
 
 # %% ../nbs/09_cli.ipynb #77263399
+def leave_pipeline(
+    cfg:RunConfig,      # the recipe
+    run_dir:Path,       # gets `pipeline/`
+    models:Components,  # frozen models
+    state:TrainState    # of the training
+):
+    "Save the best averaged weights in diffusers' layout, and prove that the files say what the network says"
+    from t2i_nb.sampling import save_pipeline
+    if state.best_at not in (0, state.images_seen):
+        tell(f"the pipeline has the weights of picture {state.best_at:,}, whose validation loss was least")
+    unet = averaged(state.unet, best_average(run_dir, state)).cpu()
+    save_pipeline(Path(run_dir)/'pipeline', unet, models, Objective(cfg.objective))
+    check_pipeline(Path(run_dir)/'pipeline', unet)
+
+# %% ../nbs/09_cli.ipynb #c14c1de5
+def check_pipeline(
+    folder:Path, # that was saved
+    unet         # from this network, on the CPU
+):
+    "Refuse files whose network gives another answer"
+    from diffusers import UNet2DConditionModel
+    size, there = unet.config.sample_size, UNet2DConditionModel.from_pretrained(folder/'unet')
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, unet.config.in_channels, size, size, generator=draw)
+    states = torch.randn(1, 4, unet.config.cross_attention_dim, generator=draw)
+    labels = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
+    with torch.no_grad(): answers = [net.eval()(x, torch.tensor([500.]), states, labels).sample for net in (unet, there)]
+    if torch.allclose(*answers, atol=1e-4): return # weights that lie elsewhere in memory may round otherwise
+    raise InputError(f"{folder} does not hold what was trained; look after the disk, then use t2i pipeline")
+
+# %% ../nbs/09_cli.ipynb #8fb7e57f
 def fit(
     cfg:RunConfig,      # the recipe
     run_dir:Path,       # the run
@@ -420,21 +454,18 @@ def fit(
     held                # validation data
 )->TrainState:          # the last one
     "Train from the newest checkpoint to the end, and leave `pipeline/`"
-    from t2i_nb.sampling import grid_maker, save_pipeline
+    from t2i_nb.sampling import grid_maker
     grid = grid_maker(cfg, models, grid_prompts(cfg))
-    with stop_signals() as asked:
-        states = train_steps(cfg, run_dir, models, data, held, grid, tell, asked)
-        for state in with_progress(states, cfg.train.n_images): pass
-    if state.ended not in ENDS:
-        raise Stopped(f"{state.ended}: stopped and saved after {state.images_seen:,} of {cfg.train.n_images:,} pictures; "
-                      "the same command goes on from there")
-    if state.ended != 'pictures':
-        tell(f"the run ended by {state.ended} after {state.images_seen:,} of {cfg.train.n_images:,} pictures")
-    if state.best_at not in (0, state.images_seen):
-        tell(f"the pipeline has the weights of picture {state.best_at:,}, whose validation loss was least")
-    if not this_rank().leads: return state
-    unet = averaged(state.unet, best_average(run_dir, state))
-    save_pipeline(Path(run_dir)/'pipeline', unet, models, Objective(cfg.objective))
+    sent_to, n = cfg.train.track if this_rank().leads else (), cfg.train.n_images
+    with follow(run_dir, sent_to, tell), stop_signals() as asked:
+        states = train_steps(cfg, run_dir, models, data, held, grid, tell, asked, predict=True)
+        for state in with_progress(states, n): pass
+        if state.ended not in ENDS:
+            raise Stopped(f"{state.ended}: stopped and saved after {state.images_seen:,} of {n:,} pictures; "
+                          "the same command goes on from there")
+        if state.ended != 'pictures':
+            tell(f"the run ended by {state.ended} after {state.images_seen:,} of {n:,} pictures")
+        if this_rank().leads: leave_pipeline(cfg, run_dir, models, state)
     return state
 
 # %% ../nbs/09_cli.ipynb #fcde8189
@@ -470,6 +501,68 @@ def train(
     out = {'pictures seen': state.images_seen, 'seconds': round(state.seconds, 1), 'pipeline': run_dir/'pipeline'}
     if state.best_at: out['validation loss'] = state.best_loss
     return out | {'next': f't2i sample {run_dir} "a prompt"'}
+
+# %% ../nbs/09_cli.ipynb #a939083f
+def run_config(
+    run_dir:Path # a run
+)->RunConfig:    # as it was begun
+    "The recipe of a run"
+    path = Path(run_dir)/'config.yaml'
+    if not path.is_file(): raise InputError(f"there is no run {run_dir}; give the folder that t2i train made")
+    return load_config(path, RunConfig)
+
+# %% ../nbs/09_cli.ipynb #b02d69c8
+@command('pipeline', 't2i pipeline runs/demo')
+def pipeline(
+    run_dir:Path # a run that no process is training now
+)->dict:         # where it is
+    "Make a pipeline of the best weights of an unfinished run"
+    cfg = run_config(run_dir)
+    models, *parts = prepare(cfg, run_dir)
+    state = next(train_steps(cfg, run_dir, models, *parts, log=tell, asked=lambda: SIGNALS[0]))
+    leave_pipeline(cfg, run_dir, models, state)
+    return {'pictures seen': state.images_seen, 'pipeline': Path(run_dir)/'pipeline'}
+
+# %% ../nbs/09_cli.ipynb #965b55a6
+@command('track', 't2i track runs/demo --to tensorboard', 't2i track runs/demo   # completes what train.track began')
+def track(
+    run_dir:Path, # a run
+    to:Annotated[str, dict(nargs='+', metavar='TRACKER')]=None # mlflow, tensorboard, wandb; the recipe's if not given
+)->dict:          # how much was sent
+    "Send a run's metrics, pictures and pipeline to trackers"
+    trackers = to or run_config(run_dir).train.track
+    if not trackers: raise InputError('there is no tracker; name one with --to, e.g. --to mlflow')
+    sent = send(run_dir, trackers, tell)
+    return {name: ', '.join(f'{n} {kind}' for kind, n in counts.items()) for name, counts in sent.items()}
+
+# %% ../nbs/09_cli.ipynb #6b1cca0b
+@command('report', 't2i report runs/demo')
+def report(
+    run_dir:Path # a run
+)->dict:         # files
+    "Draw a run's curves, and its sample grids as one moving picture"
+    run_config(run_dir)
+    out = {'curves': Path(run_dir)/'flight.png'}
+    flight_recorder(run_dir).savefig(out['curves'])
+    if any((Path(run_dir)/'samples').glob('*.png')):
+        out['pictures'] = progress_gif(run_dir, Path(run_dir)/'progress.gif')
+    return out
+
+# %% ../nbs/09_cli.ipynb #d77fa5ab
+@command('compare', 't2i compare runs/demo runs/second')
+def compare(
+    first:Path,  # a run
+    second:Path, # another run
+    out:Path=Path('compare.png') # file for the curves and pictures
+)->dict:         # what differs
+    "Say in what two runs differ"
+    for run in (first, second): run_config(run)
+    make_folder(out)
+    found = diff_runs(first, second)
+    found.figure.savefig(out)
+    show = lambda v: '-' if v is None else f'{v:.4g}' if isinstance(v, float) else v
+    rows = found.settings | found.losses
+    return {k: f'{show(a)} -> {show(b)}' for k, (a, b) in rows.items()} | {'picture': out}
 
 # %% ../nbs/09_cli.ipynb #febdd489
 @command('sample', 't2i sample runs/demo "a large red flower with five round petals at night"',

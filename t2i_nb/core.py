@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Tensor', 'torch', 'plt', 'InputError', 'nearest', 'load_function', 'only_writer', 'lazy', 'read_yaml', 'whole',
-           'read_exponents', 'coerce', 'from_dict', 'to_dict', 'apply_overrides', 'load_config', 'save_config',
+           'read_exponents', 'coerce', 'from_dict', 'to_dict', 'flat', 'apply_overrides', 'load_config', 'save_config',
            'package_dir', 'pretrained_dir', 'find_recipe', 'keyed_seed', 'keyed_rng', 'keyed_generator', 'best_device',
            'to_pil', 'image_grid', 'show_images', 'plot_curve', 'plot_t_bins']
 
@@ -159,6 +159,16 @@ def to_dict(
         return [plain(o) for o in v] if isinstance(v, (tuple, list)) else v
     return {k: to_dict(v) if dataclasses.is_dataclass(v) else plain(v)
             for k, v in ((f.name, getattr(cfg, f.name)) for f in dataclasses.fields(cfg))}
+
+# %% ../nbs/00_core.ipynb #b3062063
+def flat(
+    d:dict,       # nested mapping
+    prefix:str='' # dotted name so far
+)->dict:          # dotted name -> value
+    "A nested mapping as one level of dotted names"
+    out = {}
+    for k, v in d.items(): out |= flat(v, f'{prefix}{k}.') if isinstance(v, dict) and v else {f'{prefix}{k}': v}
+    return out
 
 # %% ../nbs/00_core.ipynb #c64e9fcf
 def apply_overrides(

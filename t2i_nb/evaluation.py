@@ -88,6 +88,7 @@ def free_attributes(
     "A flower drawn evenly from all 3,360 combinations, seen and withheld"
     return {k: rng.choice(v) for k, v in ATTRIBUTES.items()}
 
+# %% ../nbs/08_evaluation.ipynb #6cd6f0fc
 def draw_flowers(
     attributes:list[dict], # what to draw
     seed:int,              # keys position, rotation, scale and shade
@@ -98,6 +99,7 @@ def draw_flowers(
     x = np.stack([np.asarray(draw_flower(a, keyed_rng(seed, purpose, i), size)) for i, a in enumerate(attributes)])
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
+# %% ../nbs/08_evaluation.ipynb #c3cc967f
 def to_pixel_values(
     images # PIL images of one size, or a tensor (n, 3, h, w): uint8, or float in [-1, 1] already
 )->Tensor: # (n, 3, h, w) in [-1, 1]
@@ -114,6 +116,7 @@ def binomial_blur(
     maps = F.pad(x, (2, 2, 2, 2), mode='replicate').flatten(0, 1)[:, None] # (3b, 1, h + 4, w + 4)
     return F.conv2d(maps, (k[:, None]*k)[None, None]).view_as(x)
 
+# %% ../nbs/08_evaluation.ipynb #28926240
 def spoil(
     pixel_values:Tensor, # (b, 3, h, w) in [-1, 1]
     generator,           # torch.Generator
@@ -134,6 +137,7 @@ def attribute_targets(
     "Attribute values as class indices"
     return torch.tensor([[ATTRIBUTES[k].index(a[k]) for k in ATTRIBUTES] for a in attributes])
 
+# %% ../nbs/08_evaluation.ipynb #44f3837b
 @dataclass
 class ReaderState:
     reader:object    # the network, in training mode
@@ -174,6 +178,7 @@ def fit_size(
     if x.shape[-2:] == (size, size): return x
     return F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(-1, 1)
 
+# %% ../nbs/08_evaluation.ipynb #d8aa437d
 def run_reader(
     layers,              # the reader, or its first layers
     size:int,            # side of the pictures it reads
@@ -187,7 +192,7 @@ def run_reader(
     layers.train(was_training)
     return out
 
-# %% ../nbs/08_evaluation.ipynb #d8aa437d
+# %% ../nbs/08_evaluation.ipynb #13acacd1
 def read_logits(
     reader,             # from `load_reader` or `build_reader`
     pixel_values:Tensor # (n, 3, h, w) in [-1, 1]; another size than the reader's is resized
@@ -195,6 +200,7 @@ def read_logits(
     "What the reader sees, as logits"
     return split_logits(run_reader(reader, reader.config.size, pixel_values))
 
+# %% ../nbs/08_evaluation.ipynb #c24f1ba4
 def read_attributes(
     reader,             # from `load_reader` or `load_foreign_reader`
     pixel_values:Tensor # (n, 3, h, w) in [-1, 1]
@@ -204,11 +210,12 @@ def read_attributes(
     best = {k: v.argmax(1).tolist() for k, v in read_logits(reader, pixel_values).items()}
     return [{k: ATTRIBUTES[k][best[k][i]] for k in ATTRIBUTES} for i in range(len(pixel_values))]
 
-# %% ../nbs/08_evaluation.ipynb #2158de8b
+# %% ../nbs/08_evaluation.ipynb #ac5ca946
 def versions()->dict: # package name to version
     "What a figure was measured with"
     return dict(python=platform.python_version()) | {o: version(o) for o in ('t2i_nb', 'torch', 'diffusers')}
 
+# %% ../nbs/08_evaluation.ipynb #2158de8b
 def save_reader(
     reader,   # trained network
     folder,   # where to write
@@ -223,6 +230,7 @@ def save_reader(
     (folder/'recipe.yaml').write_text(yaml.safe_dump(dict(
         made_by='t2i_nb.evaluation.make_reader', config=to_dict(reader.config)) | facts, sort_keys=False))
 
+# %% ../nbs/08_evaluation.ipynb #9412558f
 def load_reader(
     folder=None # folder written by `save_reader`; the shipped reader if None
 ):              # the network, ready to read
@@ -247,6 +255,7 @@ def fresh_drawings(
     attributes = [random_attributes(keyed_rng(seed, 'check', i), held_out) for i in range(n)]
     return attributes, to_pixel_values(draw_flowers(attributes, seed, 'check drawing', size))
 
+# %% ../nbs/08_evaluation.ipynb #da017192
 def reader_scores(
     reader,                # the instrument to check
     attributes:list[dict], # the truth
@@ -307,6 +316,7 @@ def picture_seed(
     "The seed of one picture"
     return keyed_seed(seed, f'{purpose} picture', index) & 0x7fffffff
 
+# %% ../nbs/08_evaluation.ipynb #6884db42
 def score_prompts(
     n:int,              # prompts
     held_out:bool=True, # of withheld triples, or of seen ones?
@@ -345,6 +355,7 @@ def load_foreign_reader(
         return answers
     return read
 
+# %% ../nbs/08_evaluation.ipynb #eea2d0e7
 def find_reader(
     name:str='shipped' # 'shipped' or 'module:function'
 ):                     # what `read_attributes` takes
@@ -376,6 +387,7 @@ def entropy(
     p = counts/counts.sum()
     return float(-(p*np.log(p)).sum() + (len(counts) - 1)/(2*counts.sum()))
 
+# %% ../nbs/08_evaluation.ipynb #9bc0105f
 def data_entropy(
     prompted:dict, # the five attributes that a prompt names
     name:str       # the open one
@@ -383,6 +395,9 @@ def data_entropy(
     "Entropy of the open attribute in the training data: even over the values that complete no withheld triple"
     whole = [prompted | {name: v} for v in ATTRIBUTES[name]]
     return math.log(sum((a['colour'], a['shape'], a['count']) not in held_out_triples() for a in whole))
+
+
+
 
 # %% ../nbs/08_evaluation.ipynb #4eb7e3e2
 def open_entropy(
@@ -548,6 +563,7 @@ def clipped_share(
     "How many channel values lie at or beyond the ends of the range"
     return (pixel_values.abs() >= 1).float().mean().item()
 
+# %% ../nbs/08_evaluation.ipynb #3ec2f301
 def value_histogram(
     pixel_values:Tensor, # (n, 3, h, w)
     bins:int=32          # bins over [-1, 1]
@@ -556,6 +572,7 @@ def value_histogram(
     x = pixel_values.float().clamp(-1, 1).transpose(0, 1).flatten(1) # (3, n h w)
     return torch.stack([torch.histc(o, bins, -1, 1)/o.numel() for o in x])
 
+# %% ../nbs/08_evaluation.ipynb #bce078d7
 def histogram_distance(
     a:Tensor, # (n, 3, h, w)
     b:Tensor  # (m, 3, h, w)
@@ -608,6 +625,7 @@ def save_evaluation(
     part.write_text(json.dumps(asdict(evaluation), indent=1) + '\n')
     return part.replace(path)
 
+# %% ../nbs/08_evaluation.ipynb #7cd21711
 def load_evaluation(
     path # evaluation.json, or the run directory
 )->Evaluation:
@@ -728,6 +746,7 @@ def describe_device(
     if device == 'cuda': return torch.cuda.get_device_name()
     return 'an Apple GPU' if device == 'mps' else f'{os.cpu_count()} CPU cores'
 
+# %% ../nbs/08_evaluation.ipynb #7a42d0d6
 def unseen_pictures(
     cfg:DataConfig, # what a run was trained on
     data:str='',    # photographs: another source to compare with; '' takes the validation split

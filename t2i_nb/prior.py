@@ -29,6 +29,7 @@ class PriorConfig:
     caption_dropout:float=.1  # share trained with the null prompt, which then stands for all pictures
     seed:int=0                # initial weights, order and dropout
 
+# %% ../nbs/02b_prior.ipynb #4a8ccdb5
 @dataclass
 class LatentPrior:
     net:object       # torch module: pooled token states (b, 2 dim) to (b, 2 c h w)
@@ -37,7 +38,7 @@ class LatentPrior:
     dim:int          # of a token state
     made_for:dict=field(default_factory=dict) # fingerprints of the VAE and the text encoder, as far as they are known
 
-# %% ../nbs/02b_prior.ipynb #4a8ccdb5
+# %% ../nbs/02b_prior.ipynb #d19af2b4
 def pool_states(
     states:Tensor # (b, tokens, dim)
 )->Tensor:        # (b, 2 dim)
@@ -45,6 +46,7 @@ def pool_states(
     states = states.float()
     return torch.cat([states.mean(1), states[:, -1]], 1)
 
+# %% ../nbs/02b_prior.ipynb #f5935548
 def build_prior(
     cfg:PriorConfig, # width and seed
     shape:tuple,     # of the latents: (c, h, w)
@@ -59,6 +61,7 @@ def build_prior(
     for p in net[-1].parameters(): nn.init.zeros_(p)
     return LatentPrior(net, cfg, tuple(shape), dim)
 
+# %% ../nbs/02b_prior.ipynb #152cb121
 def prior_moments(
     prior:LatentPrior,
     states:Tensor      # (b, tokens, dim)
@@ -67,6 +70,7 @@ def prior_moments(
     mean, logvar = prior.net(pool_states(states)).unflatten(1, (2, *prior.shape)).unbind(1)
     return mean, logvar.clamp(-10, 5)
 
+# %% ../nbs/02b_prior.ipynb #055496c5
 def gaussian_nll(
     z:Tensor,     # latents (b, c, h, w)
     mean:Tensor,  # same shape
@@ -83,6 +87,7 @@ class PriorState:
     nll:float         # mean loss since the state before, nats per number
     lr:float          # learning rate of the last step
 
+# %% ../nbs/02b_prior.ipynb #985276e6
 def prior_lr(
     cfg:PriorConfig, # peak rate and length
     images_seen:int  # progress
@@ -90,6 +95,7 @@ def prior_lr(
     "Linear warm-up over 50 steps, then constant, then linear to 0 over the second half"
     return cfg.lr*max(0., min(1., (images_seen/cfg.batch + 1)/50, (1 - images_seen/cfg.n_images)/.5))
 
+# %% ../nbs/02b_prior.ipynb #6337a472
 def train_prior(
     mean:Tensor,     # cached latents (n, c, h, w)
     states:Tensor,   # token states of all captions (m, tokens, dim); row 0 is the null prompt
@@ -123,7 +129,7 @@ def train_prior(
         losses = []
     prior.net.cpu().eval().requires_grad_(False)
 
-# %% ../nbs/02b_prior.ipynb #985276e6
+# %% ../nbs/02b_prior.ipynb #91e155cf
 def sample_prior(
     prior:LatentPrior,
     states:Tensor,     # token states of the prompts (b, tokens, dim)
@@ -136,6 +142,7 @@ def sample_prior(
     noise = torch.stack([torch.randn(prior.shape, generator=g) for g in generators]).to(mean)
     return mean + (logvar/2).exp()*noise
 
+# %% ../nbs/02b_prior.ipynb #e9b1d3b0
 def prior_report(
     prior:LatentPrior,
     mean:Tensor,       # latents of unseen pictures (n, c, h, w)
@@ -170,6 +177,7 @@ def made_for(
     return dict(vae=fingerprint(vae, vae.config.scaling_factor) if vae is not None else '',
                 text_encoder=encoder_fingerprint(tokenizer, text_encoder))
 
+# %% ../nbs/02b_prior.ipynb #34fd3e56
 def check_prior(
     prior:LatentPrior,
     pipeline           # tokenizer, text_encoder, unet and, in latent space, vae
@@ -184,6 +192,7 @@ def check_prior(
         if here[k] != v: raise InputError(f"the prior was made for another {k.replace('_', ' ')}; "
                                           "train a prior for this run")
 
+# %% ../nbs/02b_prior.ipynb #8ce97031
 def save_prior(
     prior:LatentPrior,
     folder             # gets config.json and model.safetensors
@@ -196,6 +205,7 @@ def save_prior(
     about = dict(training=to_dict(prior.cfg), shape=prior.shape, dim=prior.dim, made_for=prior.made_for)
     (folder/'config.json').write_text(json.dumps(about, indent=1))
 
+# %% ../nbs/02b_prior.ipynb #a4442930
 def read_prior_config(
     folder # where a prior should be
 )->dict:   # what `save_prior` noted
@@ -205,6 +215,7 @@ def read_prior_config(
         raise InputError(f"there is no prior in {folder} (no config.json); t2i vae prior trains one")
     return json.loads(file.read_text())
 
+# %% ../nbs/02b_prior.ipynb #6bb0ad00
 def load_prior(
     folder # as `save_prior` left it
 )->LatentPrior:

@@ -60,6 +60,7 @@ def build_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
+# %% ../nbs/06_sampling.ipynb #668ac0ed
 def save_pipeline(
     folder:Path,         # the run's `pipeline/`
     unet,                # averaged denoiser
@@ -129,6 +130,7 @@ def make_generators(
     "One generator per picture"
     return [torch.Generator('cpu').manual_seed(int(s)) for s in seeds]
 
+# %% ../nbs/06_sampling.ipynb #bd7a46cf
 def initial_noise(
     generators,  # one per picture; None draws from torch's global state
     shape:tuple  # (c, h, w)
@@ -149,7 +151,7 @@ def guide(
     std = lambda v: v.std((1, 2, 3), keepdim=True)
     return out*(1 + guidance_rescale*(std(cond)/std(out) - 1))
 
-# %% ../nbs/06_sampling.ipynb #b07e13c9
+# %% ../nbs/06_sampling.ipynb #c772bdf8
 def first_step(
     scheduler,        # stock scheduler whose steps are set
     start_level:float # noise level, as timestep/1000, in (0, 1]
@@ -165,6 +167,7 @@ def first_step(
     raise InputError(f"no step begins at start_level {start_level:g} or below: the last begins at {lowest:.2g}; "
                      "use more steps or a higher level")
 
+# %% ../nbs/06_sampling.ipynb #41ead202
 def noised(
     scheduler,    # stock scheduler whose steps are set
     first:int,    # index of the step that will come next

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['np', 'torch', 'tqdm', 'safetensors_torch', 'LR_SCHEDULES', 'SAMPLERS', 'N_BINS', 'MAY_CHANGE', 'SPIKE', 'STEADY',
-           'MAX_SKIPPED', 'ENDS', 'SIGNALS', 'TrainConfig', 'SampleConfig', 'RunConfig', 'check_sampler',
-           'recipe_factor', 'check_run', 'TrainingData', 'Components', 'load_components', 'caption_rows',
-           'picture_classes', 'prepare_data', 'picture_order', 'epoch_order', 'make_batch', 'Ranks', 'this_rank',
-           'join_ranks', 'learning_rate', 'update_ema', 'choose_precision', 'validation_loss', 'flush', 'checksum',
-           'write_folder', 'optimizer_tensors', 'save_checkpoint', 'is_valid', 'checkpoint_folders',
-           'newest_checkpoint', 'load_checkpoint', 'flat', 'open_run', 'check_pictures', 'read_metrics',
-           'rewind_metrics', 'TrainState', 'micro_loss', 'train_step', 'cpu_pool', 'guarded_step', 'stop_signals',
-           'end_of', 'note_validation', 'drop_old_checkpoints', 'best_average', 'averaged', 'train', 'check_share',
-           'train_alone', 'counters', 'train_loop', 'with_progress']
+           'MAX_SKIPPED', 'ENDS', 'WEIGHTS', 'SIGNALS', 'WORTH_PREDICTING', 'TrainConfig', 'SampleConfig', 'RunConfig',
+           'check_sampler', 'recipe_factor', 'check_run', 'TrainingData', 'Components', 'load_components',
+           'caption_rows', 'picture_classes', 'prepare_data', 'picture_order', 'epoch_order', 'make_batch',
+           'learning_rate', 'update_ema', 'validation_loss', 'flush', 'checksum', 'write_folder', 'save_checkpoint',
+           'is_valid', 'checkpoint_folders', 'newest_checkpoint', 'load_checkpoint', 'open_run', 'check_pictures',
+           'rewind_metrics', 'TrainState', 'micro_loss', 'train_step', 'guarded_step', 'damage', 'out_of_memory',
+           'smaller_micro', 'stop_signals', 'end_of', 'note_validation', 'drop_old_checkpoints', 'best_average',
+           'find_weights', 'warm_start', 'averaged', 'counters', 'Trainer', 'check_share', 'train', 'make_trainer',
+           'resume', 'with_progress']
 
 # %% ../nbs/04_train_deepspeed.ipynb #427f24ef
 import contextlib
@@ -25,17 +25,20 @@ import shutil
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fastcore.basics import patch
 from functools import lru_cache
 from pathlib import Path
 from safetensors import SafetensorError
 from .captions import TextConfig, build_text_cache, load_text_encoder
-from .core import (InputError, Tensor, best_device, keyed_generator, keyed_seed, lazy, load_config, nearest,
+from .core import (InputError, Tensor, flat, keyed_generator, keyed_seed, lazy, load_config, nearest,
                          only_writer, pretrained_dir, save_config, to_dict)
 from .data import DataConfig
+from .engine import (PRECISIONS, EngineConfig, Probe, Ranks, choose_precision, join_ranks, make_engine,
+                           probe, this_rank)
 from .scan import load_usable
 from .sources import load_dataset
+from .tracking import check_trackers, read_metrics
 from .unet import Objective, ObjectiveConfig, UNetConfig, build_unet, check_objective, unet_keys
 from .vae import VAEConfig, build_latent_cache, check_size, load_vae, warm_decay
 
@@ -44,28 +47,22 @@ np, torch, tqdm, safetensors_torch = lazy('numpy'), lazy('torch'), lazy('tqdm.au
 
 # %% ../nbs/04_train_deepspeed.ipynb #cd274030
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(EngineConfig):
     n_images:int=48_000      # pictures to train on in all; epochs and steps follow
     max_minutes:float=0.     # the run ends here if it has not seen n_images by then; 0 sets no limit
     patience:int=0           # it ends after so many validations without a new best; 0 never does
-    global_batch:int=16      # pictures per optimiser step
-    micro_batch:int=0        # pictures per forward pass, 0 for all; several are added up, side by side on a CPU
-    lr:float=1e-3            # peak learning rate of AdamW
     lr_schedule:str='cosine' # constant, cosine (to 0 at the end) or onecycle
     warmup_images:int=1600   # linear warm-up of constant and cosine, in pictures
-    weight_decay:float=.01   # AdamW's
-    betas:tuple[float,...]=(.9, .99) # AdamW's decays
-    max_grad_norm:float=1.   # gradients are scaled down to this norm
     ema_decay:float=.999     # moving average of the weights, per step, warmed up
     caption_dropout:float=.1 # share of pictures trained with the null prompt, for guidance
     sample_posterior:bool=False # draw latents from the VAE's posterior instead of taking its mean?
+    init_from:str=''         # begin with the weights of a run, a checkpoint or a diffusers folder; '' begins at random
     log_images:int=800       # pictures between two lines of metrics.jsonl
     validation_images:int=9600 # pictures between two validation losses and sample grids
     checkpoint_images:int=9600 # pictures between two checkpoints
     checkpoint_minutes:float=0. # minutes between two checkpoints, whichever comes first; 0 counts pictures alone
     keep_checkpoints:int=2   # older ones are deleted, but for the best
-    device:str='auto'        # auto, cuda, mps or cpu
-    precision:str='auto'     # auto, float32, bfloat16
+    track:tuple[str,...]=()  # mlflow, tensorboard, wandb: where else the metrics go
     seed:int=0               # initial weights, order, noise, times, dropout
 
 # %% ../nbs/04_train_deepspeed.ipynb #2b7c95f5
@@ -127,8 +124,9 @@ def check_run(
     if t.keep_checkpoints < 1: raise InputError(f"train.keep_checkpoints is {t.keep_checkpoints}; use 1 or more")
     for name in ('max_minutes', 'checkpoint_minutes', 'patience'):
         if getattr(t, name) < 0: raise InputError(f"train.{name} is {getattr(t, name)}; use 0 for none, or more")
-    if t.precision not in ('auto', 'float32', 'bfloat16'):
-        raise InputError(f"train.precision is '{t.precision}'; use auto, float32 or bfloat16")
+    if t.precision not in PRECISIONS:
+        raise InputError(f"train.precision is '{t.precision}'; use one of {', '.join(PRECISIONS)}")
+    if t.zero_stage not in (0, 1, 2): raise InputError(f"train.zero_stage is {t.zero_stage}; use 0, 1 or 2")
     if t.n_images < t.global_batch:
         raise InputError(f"train.n_images {t.n_images} is less than one batch of {t.global_batch}")
     if not 0 < cfg.data.validation_fraction < 1:
@@ -137,7 +135,7 @@ def check_run(
     if cfg.unet.overrides.get('dropout'): # torch's global generator draws it, and a checkpoint does not hold that
         raise InputError(f"unet.overrides.dropout is {cfg.unet.overrides['dropout']}, and a resumed run could not "
                          "repeat its draws; leave it out")
-    check_objective(cfg.objective); check_sampler(cfg.sample.sampler)
+    check_objective(cfg.objective); check_sampler(cfg.sample.sampler); check_trackers(t.track)
     if cfg.vae.patch < 1: raise InputError(f"vae.patch is {cfg.vae.patch}; use 1, 2 or 4")
     size, f = cfg.data.size, recipe_factor(cfg.vae)
     if f and size % f:
@@ -266,54 +264,6 @@ def make_batch(
     if data.labels is None: return batch
     return batch | dict(class_labels=data.labels[at].masked_fill(drop, len(data.class_names)))
 
-# %% ../nbs/04_train_deepspeed.ipynb #2b074ade
-@dataclass(frozen=True)
-class Ranks:
-    rank:int=0  # of this process, from 0; rank 0 writes files and speaks
-    world:int=1 # how many there are
-    @property
-    def leads(self)->bool: return self.rank == 0
-    def share(self,
-        k:int,    # number of the first draw
-        batch:int # draws of a step, a multiple of `world`
-    )->tuple:     # number of this rank's first draw, and how many it makes
-        "This rank's part of a batch"
-        n = batch//self.world
-        return k + self.rank*n, n
-    def add_up(self,
-        tensors:list # changed in place
-    ):
-        "Replace each tensor by its sum over all ranks"
-        if self.world == 1: return
-        flat = torch.cat([t.flatten() for t in tensors])
-        torch.distributed.all_reduce(flat)
-        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])): t.copy_(part.view_as(t))
-    def agree(self,
-        word:str,  # what this rank says, or ''
-        words:tuple # all that can be said
-    )->str:         # what any rank says; the latest in `words` wins
-        "One answer for all: a rank that went on alone would wait for ever"
-        if self.world == 1: return word
-        place = torch.tensor(words.index(word) if word else -1)
-        torch.distributed.all_reduce(place, torch.distributed.ReduceOp.MAX)
-        return words[place] if place >= 0 else ''
-    def wait(self):
-        "Until all ranks are here"
-        if self.world > 1: torch.distributed.barrier()
-
-def this_rank()->Ranks: # this process alone, unless a launcher says otherwise
-    "The place of this process, as torchrun and others note it in the environment"
-    return Ranks(int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
-
-def join_ranks()->Ranks: # as `this_rank`
-    "Join the other processes of this run"
-    if this_rank().world == 1: return this_rank()
-    gpu = torch.cuda.is_available()
-    if gpu: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo')
-    return this_rank()
-
 # %% ../nbs/04_train_deepspeed.ipynb #a2c4ea5d
 def learning_rate(
     cfg:TrainConfig, # peak, schedule, warm-up and length
@@ -338,21 +288,6 @@ def update_ema(
     decay = warm_decay(ema_decay, step)
     averages = [ema[k] for k, _ in model.named_parameters()]
     with torch.no_grad(): torch._foreach_lerp_(averages, [p.detach() for p in model.parameters()], 1 - decay)
-
-# %% ../nbs/04_train_deepspeed.ipynb #057d918c
-def choose_precision(
-    cfg:TrainConfig # device and precision, either may be 'auto'
-)->tuple:           # device, torch.dtype, reason
-    "Where to train, in which number format, and why"
-    device = best_device() if cfg.device == 'auto' else cfg.device
-    if device == 'cuda' and not torch.cuda.is_available():
-        raise InputError("train.device is cuda, but torch sees no GPU here; set train.device=auto")
-    if cfg.precision != 'auto': return device, getattr(torch, cfg.precision), f'{cfg.precision}, as configured'
-    if device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
-        return device, torch.bfloat16, 'bfloat16: this GPU computes in it'
-    if device == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)():
-        return device, torch.bfloat16, 'bfloat16: this CPU has AMX tiles'
-    return device, torch.float32, f'float32: this {device} is not known to compute bfloat16 faster'
 
 # %% ../nbs/04_train_deepspeed.ipynb #45ce86e8
 N_BINS = 8
@@ -418,31 +353,21 @@ def write_folder(
     flush(folder.parent)
 
 # %% ../nbs/04_train_deepspeed.ipynb #577dbed4
-def optimizer_tensors(
-    model,     # the module that is trained
-    optimizer  # its AdamW
-)->dict:       # tensors named parameter/exp_avg, parameter/exp_avg_sq, parameter/step
-    "The optimiser's state by parameter name, free of its own numbering"
-    return {f'{k}/{s}': v.detach().cpu().contiguous() if s != 'step' else torch.as_tensor(v).reshape(1).cpu()
-            for k, p in model.named_parameters() for s, v in optimizer.state[p].items()}
-
-# %% ../nbs/04_train_deepspeed.ipynb #9bf97c7a
 def save_checkpoint(
-    run_dir:Path,   # the run
-    model,          # the module that is trained
-    ema:dict,       # averaged parameters by name
-    optimizer,      # AdamW
-    counters:dict   # images_seen, step, seconds
-)->Path:            # the checkpoint's folder
+    run_dir:Path,  # the run
+    engine,        # whose weights and moments; every rank takes part
+    ema:dict,      # averaged parameters by name
+    counters:dict  # images_seen, step, seconds
+)->Path:           # the checkpoint's folder
     "Write everything that the next step depends on"
     folder = Path(run_dir)/'checkpoints'/f"img-{counters['images_seen']:08d}"
+    parts = dict(unet=engine.weights(), ema=ema, optimizer=engine.moments()) # gathered from all
     def write(tmp):
-        cpu = lambda d: {k: v.detach().cpu().contiguous() for k, v in d.items()}
-        safetensors_torch.save_file(cpu(dict(model.named_parameters())), tmp/'unet.safetensors')
-        safetensors_torch.save_file(cpu(ema), tmp/'ema.safetensors')
-        safetensors_torch.save_file(optimizer_tensors(model, optimizer), tmp/'optimizer.safetensors')
+        for name, tensors in parts.items():
+            tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+            safetensors_torch.save_file(tensors, tmp/f'{name}.safetensors')
         (tmp/'state.json').write_text(json.dumps(counters))
-    write_folder(folder, write)
+    if engine.ranks.leads: write_folder(folder, write)
     return folder
 
 # %% ../nbs/04_train_deepspeed.ipynb #38de278e
@@ -473,36 +398,20 @@ def newest_checkpoint(
 # %% ../nbs/04_train_deepspeed.ipynb #cdb9faf7
 def load_checkpoint(
     folder:Path, # a checkpoint
-    model,       # the module that is trained
-    ema:dict,    # averaged parameters by name, changed in place
-    optimizer    # AdamW
+    engine,      # where weights and moments go
+    ema:dict     # averaged parameters by name, changed in place
 )->dict:         # the counters
     "Put a checkpoint back where it came from"
     read = lambda name: safetensors_torch.load_file(folder/f'{name}.safetensors')
-    weights, averages, moments = read('unet'), read('ema'), read('optimizer')
-    with torch.no_grad():
-        for k, p in model.named_parameters():
-            p.copy_(weights[k]); ema[k].copy_(averages[k])
-            if f'{k}/step' not in moments: continue # saved before the first step
-            state = {s: moments[f'{k}/{s}'].to(p.device) for s in ('exp_avg', 'exp_avg_sq')}
-            step = moments[f'{k}/step'].reshape(()).to('cpu' if p.device.type == 'mps' else p.device)
-            optimizer.state[p] = dict(step=step, **state)
+    engine.restore(read('unet'), read('optimizer'))
+    for k, v in read('ema').items(): ema[k].copy_(v)
     return json.loads((folder/'state.json').read_text())
 
 # %% ../nbs/04_train_deepspeed.ipynb #304dd915
 MAY_CHANGE = {f'train.{k}' for k in ('max_minutes', 'patience', 'checkpoint_images', 'checkpoint_minutes',
-                                     'keep_checkpoints')}
+                                     'keep_checkpoints', 'micro_batch', 'zero_stage', 'gradient_checkpointing',
+                                     'device', 'track')}
 
-def flat(
-    d:dict,       # nested mapping
-    prefix:str='' # dotted name so far
-)->dict:          # dotted name -> value
-    "A nested mapping as one level of dotted names"
-    out = {}
-    for k, v in d.items(): out |= flat(v, f'{prefix}{k}.') if isinstance(v, dict) and v else {f'{prefix}{k}': v}
-    return out
-
-# %% ../nbs/04_train_deepspeed.ipynb #51def901
 def open_run(
     cfg:RunConfig, # the recipe
     run_dir:Path,  # where it lives
@@ -540,17 +449,6 @@ def check_pictures(
     if data.fingerprint:
         Path(f'{file}.tmp').write_text(json.dumps(now)); os.replace(f'{file}.tmp', file)
 
-# %% ../nbs/04_train_deepspeed.ipynb #253c73d0
-def read_metrics(
-    run_dir:Path # the run
-)->list[dict]:   # one mapping per line
-    "The lines of `metrics.jsonl`; a half-written last line is left out"
-    rows, path = [], Path(run_dir)/'metrics.jsonl'
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try: rows.append(json.loads(line))
-        except ValueError: continue
-    return rows
-
 # %% ../nbs/04_train_deepspeed.ipynb #5f816371
 def rewind_metrics(
     run_dir:Path,   # the run
@@ -574,6 +472,7 @@ class TrainState:
     loss:float = float('nan')      # mean weighted loss of the last step
     lr:float = 0.                  # learning rate of the last step
     grad_norm:float = 0.           # before clipping
+    update_ratio:float = 0.        # how far the last logged step moved the weights, in proportion to their length
     seconds:float = 0.             # training time so far, over all restarts
     images_per_second:float = 0.   # over the last logging interval
     validation_bins:tuple = ()     # last validation loss per time bin
@@ -599,78 +498,76 @@ def micro_loss(
                     b.get('class_labels')).sample
     return objective.loss_per_image(pred, b['x0'], b['eps'], t).sum()
 
-# %% ../nbs/04_train_deepspeed.ipynb #dc71ac98
+# %% ../nbs/04_train_deepspeed.ipynb #ae3760ca
 def train_step(
-    unet,                # the denoiser
-    optimizer,           # its AdamW
-    objective:Objective, # what it should say
+    engine,              # TorchEngine or ZeroEngine
+    objective:Objective, # what the UNet should say
     data:TrainingData,   # what to draw from
-    cfg:TrainConfig,     # batch, seed, dropout, clipping
+    cfg:TrainConfig,     # batch, seed, dropout
     images_seen:int,     # number of the first draw
-    dtype,               # torch.dtype of the forward pass
-    pool=None,           # ThreadPoolExecutor that computes micro-batches side by side, or None
-    limit:float=math.inf, # a step with a greater loss, or without a finite gradient, is not taken
-    ranks:Ranks=Ranks()  # the processes that share the batch
+    limit:float=math.inf # a step with a greater loss, or without a finite gradient, is not taken
 )->tuple:                # loss, gradient norm, was the step taken?
     "One optimiser step over `global_batch` pictures, in micro-batches"
-    first, n = ranks.share(images_seen, cfg.global_batch)
-    params, micro = list(unet.parameters()), cfg.micro_batch or n
+    first, n = engine.ranks.share(images_seen, cfg.global_batch)
+    micro = cfg.micro_batch or n
     def part(k):
-        loss = micro_loss(unet, objective, make_batch(data, cfg, k, micro), dtype)/cfg.global_batch
-        return loss.item(), torch.autograd.grad(loss, params) # backward() would add in the order that threads are ready
-    optimizer.zero_grad(set_to_none=True)
-    total = 0.
-    for loss, grads in (pool.map if pool else map)(part, range(first, first + n, micro)):
-        total += loss
-        for p, g in zip(params, grads): p.grad = g if p.grad is None else p.grad.add_(g)
-    if ranks.world > 1:
-        total = torch.tensor(total, dtype=params[0].dtype, device=params[0].device)
-        ranks.add_up([*(p.grad for p in params), total])
-        total = total.item()
-    norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
-    sound = math.isfinite(norm) and total <= limit
-    if sound: optimizer.step()
-    return total, norm, sound
-
-# %% ../nbs/04_train_deepspeed.ipynb #7ef591e4
-def cpu_pool(
-    cfg:TrainConfig, # batch and micro-batch
-    device:str       # where the UNet is
-):                   # ThreadPoolExecutor, or None where one micro-batch or one core is all there is
-    "Threads that compute micro-batches side by side, each with one core"
-    parts = cfg.global_batch//(cfg.micro_batch or cfg.global_batch)
-    workers = min(parts, torch.get_num_threads())
-    if device != 'cpu' or workers < 2: return None
-    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        batch = make_batch(data, cfg, k, micro)
+        return micro_loss(engine.unet, objective, batch, engine.dtype)/cfg.global_batch
+    return engine.step(part, range(first, first + n, micro), limit)
 
 # %% ../nbs/04_train_deepspeed.ipynb #85e2dbc0
 SPIKE, STEADY, MAX_SKIPPED = 10, 100, 10 # times the usual loss; steps until it is known; skipped steps in a row
 
 def guarded_step(
-    unet,                # the denoiser
-    optimizer,           # its AdamW
-    objective:Objective, # what it should say
+    engine,              # TorchEngine or ZeroEngine
+    objective:Objective, # what the UNet should say
     data:TrainingData,   # what to draw from
-    cfg:TrainConfig,     # batch, seed, dropout, clipping, decay of the average
-    state:TrainState,    # changed in place
-    dtype,               # torch.dtype of the forward pass
-    pool=None,           # as for `train_step`
-    ranks:Ranks=Ranks()  # the processes that share the batch
+    cfg:TrainConfig,     # batch, seed, dropout, decay of the average
+    state:TrainState     # changed in place
 ):
     "One step and its average, unless it would do damage"
     limit = SPIKE*state.usual_loss if state.step >= STEADY else math.inf
-    state.loss, state.grad_norm, sound = train_step(unet, optimizer, objective, data, cfg, state.images_seen, dtype,
-                                                    pool, limit, ranks)
+    state.loss, state.grad_norm, sound = train_step(engine, objective, data, cfg, state.images_seen, limit)
     if sound:
         state.step, state.skipped_in_a_row = state.step + 1, 0
         state.usual_loss += (state.loss - state.usual_loss)*max(.02, 1/state.step)
-        return update_ema(state.ema, unet, cfg.ema_decay, state.step)
-    state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
-    if state.skipped_in_a_row < MAX_SKIPPED: return
-    raise InputError(f"{MAX_SKIPPED} steps in a row were not taken, up to picture {state.images_seen:,}: the loss is "
-                     f"{state.loss:.3g}, where {state.usual_loss:.3g} is usual, and the gradient's norm "
-                     f"{state.grad_norm:.3g}; the checkpoints are good: copy them to another --run-dir, and use a "
-                     f"train.lr below {cfg.lr:g}")
+        update_ema(state.ema, engine.unet, cfg.ema_decay, state.step)
+    else:
+        state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
+    if state.skipped_in_a_row >= MAX_SKIPPED: raise InputError(damage(cfg, state))
+
+# %% ../nbs/04_train_deepspeed.ipynb #d335930e
+def damage(
+    cfg:TrainConfig, # its rate
+    state:TrainState # where it stopped
+)->str:              # a sentence
+    "Why a run stops that takes no more steps"
+    return (f"{MAX_SKIPPED} steps in a row were not taken, up to picture {state.images_seen:,}: the loss is "
+            f"{state.loss:.3g}, where {state.usual_loss:.3g} is usual, and the gradient's norm {state.grad_norm:.3g}; "
+            f"the checkpoints are good: copy them to another --run-dir, and use a train.lr below {cfg.lr:g}")
+
+# %% ../nbs/04_train_deepspeed.ipynb #d2f2ad53
+def out_of_memory(
+    error:Exception # that a step raised
+)->bool:
+    "Was there no room?"
+    words = ("can't allocate memory", 'could not create a primitive') # torch's on a CPU, and oneDNN's
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)
+
+# %% ../nbs/04_train_deepspeed.ipynb #1b432fa1
+def smaller_micro(
+    cfg:TrainConfig, # whose micro-batch is too large
+    given:TrainConfig, # as the recipe has it
+    world:int        # processes that share the batch
+)->TrainConfig:
+    "Half the micro-batch, or a sentence that says so"
+    now = cfg.micro_batch or cfg.global_batch//world
+    if now % 2: raise InputError(f"memory does not suffice for a micro-batch of {now}; use a smaller unet.width, "
+                                 "or train.gradient_checkpointing=true")
+    if given.micro_batch or world > 1:
+        raise InputError(f"memory does not suffice for a micro-batch of {now}; use train.micro_batch={now//2}, or "
+                         "train.gradient_checkpointing=true")
+    return replace(cfg, micro_batch=now//2)
 
 # %% ../nbs/04_train_deepspeed.ipynb #d97f3a25
 @contextlib.contextmanager
@@ -731,6 +628,40 @@ def best_average(
     if state.best_at in (0, state.images_seen) or not is_valid(folder): return state.ema
     return safetensors_torch.load_file(folder/'ema.safetensors')
 
+# %% ../nbs/04_train_deepspeed.ipynb #9dfae5b9
+WEIGHTS = ('pipeline/unet/diffusion_pytorch_model.safetensors', 'unet/diffusion_pytorch_model.safetensors',
+           'diffusion_pytorch_model.safetensors', 'ema.safetensors')
+
+def find_weights(
+    path:str # a run, a checkpoint, a diffusers folder, or a file
+)->Path:     # safetensors file
+    "The UNet's weights in a folder"
+    path = Path(path)
+    if path.is_file(): return path
+    for name in WEIGHTS:
+        if (path/name).is_file(): return path/name
+    newest = newest_checkpoint(path)
+    if newest: return newest/'ema.safetensors'
+    raise InputError(f"train.init_from {path} holds no UNet; name a run, a checkpoint or a diffusers folder")
+
+# %% ../nbs/04_train_deepspeed.ipynb #37e93d96
+def warm_start(
+    unet,                   # changed in place
+    path:str,               # as for `find_weights`
+    log=lambda text: None   # told what was taken, and what was not
+):
+    "Begin with weights that were trained before"
+    try: there = safetensors_torch.load_file(find_weights(path))
+    except SafetensorError: raise InputError(f"train.init_from {path} is no safetensors file; use another") from None
+    ours = dict(unet.named_parameters())
+    fit = [k for k, p in ours.items() if k in there and there[k].shape == p.shape]
+    if not fit: raise InputError(f"no tensor of {path} fits this UNet; use the recipe's unet that it was trained with")
+    with torch.no_grad():
+        for k in fit: ours[k].copy_(there[k])
+    rest = sorted({*ours, *there} - {*fit})
+    names = f"; not {', '.join(rest[:3])}" + (f' and {len(rest) - 3} more' if len(rest) > 3 else '') if rest else ''
+    log(f'begins with {len(fit)} of {len(ours)} tensors of {path}{names}')
+
 # %% ../nbs/04_train_deepspeed.ipynb #a4cf4f16
 def averaged(
     unet,    # the module that is trained
@@ -743,26 +674,156 @@ def averaged(
     return twin
 
 # %% ../nbs/04_train_deepspeed.ipynb #6e9b2bf2
-def train(
-    cfg:RunConfig,           # the recipe
-    run_dir:Path,            # where everything is left
-    models:Components=None,  # frozen models; loaded when not given
-    data:TrainingData=None,  # training pictures; prepared when not given
-    held:TrainingData=None,  # validation pictures; prepared when not given
-    grid=None,               # function (averaged unet, images_seen) that returns a PIL image for `samples/`
-    log=lambda text: None,   # told, in a sentence, what was decided
-    asked=lambda: ''         # from `stop_signals`: asked to end after this step?
-):                           # yields TrainState after every step
-    "Train from the newest valid checkpoint, or from the start"
-    check_run(cfg)
-    ranks, run_dir = join_ranks(), Path(run_dir)
-    check_share(cfg.train, ranks.world)
-    if ranks.leads: open_run(cfg, run_dir)
-    ranks.wait()
-    one = only_writer(run_dir/'metrics.jsonl', 'wait for it, or use another --run-dir')
-    with one if ranks.leads else contextlib.nullcontext():
-        yield from train_alone(cfg, run_dir, models, data, held, grid, log, asked, ranks)
+def counters(
+    state:TrainState, # the run
+    engine            # its loss scale
+)->dict:              # what a checkpoint has to remember besides tensors
+    "The numbers of a state"
+    return {k: getattr(state, k) for k in ('images_seen', 'step', 'seconds', 'usual_loss', 'skipped',
+                                           'skipped_in_a_row', 'best_loss', 'best_at', 'worse')} | dict(
+        loss_scale=engine.loss_scale.scale, good_steps=engine.loss_scale.good)
 
+# %% ../nbs/04_train_deepspeed.ipynb #1d9a4b3d
+@dataclass
+class Trainer:
+    cfg:RunConfig          # the recipe
+    run_dir:Path           # where everything is left
+    state:TrainState       # how far it is
+    engine:object          # TorchEngine or ZeroEngine
+    objective:Objective    # what the UNet should say
+    data:TrainingData      # training pictures
+    held:TrainingData      # validation pictures
+    grid:object=None       # as for `train`
+    log:object=None        # as for `train`
+    asked:object=None      # as for `train`
+    metrics:object=None    # open metrics.jsonl
+    micro:TrainConfig=None # the recipe's, with the micro-batch that fits
+    saved:float=0.         # training seconds at the last checkpoint
+    attainable:float=0.    # pictures a second that the arithmetic alone would allow; 0 where it was not measured
+
+# %% ../nbs/04_train_deepspeed.ipynb #d558df6c
+SIGNALS = ('SIGINT', 'SIGTERM')
+
+@patch
+def over(self:Trainer)->str: # one of `ENDS`, the name of a signal, or ''
+    "Why the run ends here, if it does"
+    return self.engine.ranks.agree(end_of(self.cfg.train, self.state) or self.asked(), (*SIGNALS, *ENDS))
+
+# %% ../nbs/04_train_deepspeed.ipynb #c2aca885
+@patch
+def write(self:Trainer, **row):
+    "A line of metrics.jsonl"
+    self.metrics.write(json.dumps(row) + '\n'); self.metrics.flush()
+
+# %% ../nbs/04_train_deepspeed.ipynb #30f53277
+@patch
+def step(self:Trainer,
+    measure:bool # take the size of the update, too?
+):
+    "One step, with a smaller micro-batch if memory runs out"
+    t, state, params = self.cfg.train, self.state, list(self.state.unet.parameters())
+    state.lr = learning_rate(t, state.images_seen)
+    self.engine.set_lr(state.lr)
+    before = [p.detach().clone() for p in params] if measure else ()
+    while True:
+        try: guarded_step(self.engine, self.objective, self.data, self.micro, state); break
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e): raise
+        self.micro = smaller_micro(self.micro, t, self.engine.ranks.world)
+        self.log(f'memory ran out: goes on in micro-batches of {self.micro.micro_batch}')
+    if measure:
+        moved = torch.stack([(p.detach() - q).norm() for p, q in zip(params, before)]).norm()
+        state.update_ratio = (moved/torch.stack([q.norm() for q in before]).norm()).item()
+    state.images_seen += t.global_batch
+
+# %% ../nbs/04_train_deepspeed.ipynb #6bf19e12
+@patch
+def note_step(self:Trainer,
+    images:int,   # since the last line
+    seconds:float # since then
+):
+    "Log a step"
+    s = self.state
+    s.images_per_second = images/seconds
+    self.write(images_seen=s.images_seen, loss=s.loss, lr=s.lr, grad_norm=s.grad_norm, update_ratio=s.update_ratio,
+               images_per_second=round(s.images_per_second, 2), seconds=round(s.seconds, 2),
+               **(dict(attained=round(s.images_per_second/self.attainable, 3)) if self.attainable else {}),
+               **(dict(skipped=s.skipped) if s.skipped else {}))
+
+# %% ../nbs/04_train_deepspeed.ipynb #a380877a
+@patch
+def validate(self:Trainer)->bool: # is it the best so far?
+    "Validation loss and sample grid of the averaged weights"
+    state = self.state
+    twin = averaged(state.unet, state.ema)
+    best = note_validation(state, validation_loss(twin, self.objective, self.held, self.cfg.train.seed))
+    self.write(images_seen=state.images_seen, validation_loss=sum(state.validation_bins)/N_BINS,
+               validation_bins=state.validation_bins)
+    if self.grid and self.engine.ranks.leads:
+        self.grid(twin, state.images_seen).save(self.run_dir/'samples'/f'img-{state.images_seen:08d}.png')
+    return best
+
+# %% ../nbs/04_train_deepspeed.ipynb #6247ddcf
+@patch
+def save(self:Trainer):
+    "A checkpoint; older ones are deleted"
+    save_checkpoint(self.run_dir, self.engine, self.state.ema, counters(self.state, self.engine))
+    self.saved = self.state.seconds
+    if self.engine.ranks.leads:
+        drop_old_checkpoints(self.run_dir, self.cfg.train.keep_checkpoints, self.state.best_at)
+
+# %% ../nbs/04_train_deepspeed.ipynb #40a9aa37
+@patch
+def late(self:Trainer)->bool: # the same on every rank
+    "Is it time for a checkpoint, by the clock?"
+    minutes = self.cfg.train.checkpoint_minutes
+    if not minutes: return False
+    return bool(self.engine.ranks.agree('late'*(self.state.seconds - self.saved >= 60*minutes), ('late',)))
+
+# %% ../nbs/04_train_deepspeed.ipynb #52ef7c9a
+@patch
+def run(self:Trainer): # yields the state after every step
+    "Steps until the end, with everything that happens between them"
+    t, state, ranks = self.cfg.train, self.state, self.engine.ranks
+    crossed = lambda every: every and state.images_seen//every > before//every
+    due = lambda every: crossed(every) or every and state.ended in ENDS
+    start, mark, logged = time.perf_counter() - state.seconds, time.perf_counter(), state.images_seen
+    self.micro, self.saved, state.ended = t, state.seconds, self.over()
+    if state.ended: yield state # nothing left to do, but the weights are wanted
+    while not state.ended:
+        before = state.images_seen
+        self.step(measure=t.log_images and (before + t.global_batch)//t.log_images > before//t.log_images)
+        state.seconds = time.perf_counter() - start
+        state.ended = self.over()
+        if due(t.log_images):
+            now = time.perf_counter()
+            self.note_step(state.images_seen - logged, now - mark)
+            mark, logged = now, state.images_seen
+        best = due(t.validation_images) and self.validate()
+        state.ended = state.ended or self.over() # by patience
+        if due(t.checkpoint_images) or best or self.late() or state.ended: self.save()
+        if state.ended: ranks.wait() # for the last checkpoint
+        yield state
+
+# %% ../nbs/04_train_deepspeed.ipynb #5d8d614d
+WORTH_PREDICTING = 2_000 # pictures that are left
+
+@patch
+def predict(self:Trainer)->Probe:
+    "Measure a few steps, and say what is to be expected"
+    t, world = self.cfg.train, self.engine.ranks.world
+    micro = t.micro_batch or t.global_batch//world
+    def make_part(unet):
+        return lambda k: micro_loss(unet, self.objective, make_batch(self.data, t, k, micro),
+                                    self.engine.dtype)/t.global_batch
+    p = probe(t, self.state.unet, make_part, self.engine.dtype, world)
+    self.attainable, left = p.attainable, (t.n_images - self.state.images_seen)/p.images_per_second
+    time_left = f'{left/60:.0f} minutes' if left >= 100 else f'{left:.0f} seconds'
+    self.log(f'about {p.images_per_second:.0f} pictures a second, {p.images_per_second/p.attainable:.0%} of what the '
+             f'arithmetic alone would allow: {time_left} without validations; {p.bytes/1e9:.1f} GB a process')
+    return p
+
+# %% ../nbs/04_train_deepspeed.ipynb #9db7e235
 def check_share(
     cfg:TrainConfig, # batch and micro-batch
     world:int        # processes
@@ -773,8 +834,44 @@ def check_share(
         raise InputError(f"train.global_batch {cfg.global_batch} cannot be shared by {world} processes in micro-batches "
                          f"of {cfg.micro_batch or 'any size'}; use a multiple of {each}")
 
-def train_alone(cfg, run_dir, models, data, held, grid, log, asked, ranks):
-    "What `train` does when no other run writes to the directory"
+# %% ../nbs/04_train_deepspeed.ipynb #3e1ff564
+def train(
+    cfg:RunConfig,           # the recipe
+    run_dir:Path,            # where everything is left
+    models:Components=None,  # frozen models; loaded when not given
+    data:TrainingData=None,  # training pictures; prepared when not given
+    held:TrainingData=None,  # validation pictures; prepared when not given
+    grid=None,               # function (averaged unet, images_seen) that returns a PIL image for `samples/`
+    log=lambda text: None,   # told, in a sentence, what was decided
+    asked=lambda: '',        # from `stop_signals`: asked to end after this step?
+    predict:bool=False       # measure speed and memory first, where many pictures are left?
+):                           # yields TrainState after every step
+    "Train from the newest valid checkpoint, or from the start"
+    check_run(cfg)
+    ranks, run_dir = join_ranks(), Path(run_dir)
+    check_share(cfg.train, ranks.world)
+    if ranks.leads: open_run(cfg, run_dir)
+    ranks.wait()
+    one = only_writer(run_dir/'metrics.jsonl', 'wait for it, or use another --run-dir')
+    with one if ranks.leads else contextlib.nullcontext():
+        trainer = make_trainer(cfg, run_dir, models, data, held, log, ranks)
+        trainer.grid, trainer.asked = grid, asked
+        if predict and cfg.train.n_images - trainer.state.images_seen >= WORTH_PREDICTING: trainer.predict()
+        with open(run_dir/'metrics.jsonl' if ranks.leads else os.devnull, 'a') as trainer.metrics:
+            try: yield from trainer.run()
+            finally: trainer.engine.close()
+
+# %% ../nbs/04_train_deepspeed.ipynb #c20ae746
+def make_trainer(
+    cfg:RunConfig,     # the recipe
+    run_dir:Path,      # the run
+    models:Components, # frozen models; loaded when None
+    data:TrainingData, # training pictures; prepared when None
+    held:TrainingData, # validation pictures; prepared when None
+    log,               # told what was decided
+    ranks:Ranks        # the processes that share the run
+)->Trainer:            # where the run stands
+    "Everything that a training needs, as its last checkpoint left it"
     t = cfg.train
     device, dtype, reason = choose_precision(t)
     log(f'{device}, {reason}')
@@ -782,74 +879,31 @@ def train_alone(cfg, run_dir, models, data, held, grid, log, asked, ranks):
     data = data or prepare_data(cfg, models, 'train', run_dir/'cache', device, log=log)
     held = held or prepare_data(cfg, models, 'validation', run_dir/'cache', device, log=log)
     if ranks.leads: check_pictures(run_dir, data)
-    objective, shape = Objective(cfg.objective), data.mean.shape
+    shape, folder = data.mean.shape, newest_checkpoint(run_dir, log)
     unet = build_unet(cfg.unet, shape[-1], shape[1], data.states.shape[-1], keyed_seed(t.seed, 'weights'),
-                      data.class_names)
-    optimizer = torch.optim.AdamW(unet.to(device).train().parameters(), lr=t.lr, betas=t.betas,
-                                  weight_decay=t.weight_decay, fused=device != 'mps')
+                      data.class_names).to(device).train()
+    if t.init_from and not folder: warm_start(unet, t.init_from, log)
     state = TrainState(unet=unet, ema={k: p.detach().clone() for k, p in unet.named_parameters()})
-    folder = newest_checkpoint(run_dir, log)
-    ranks.wait() # all have looked before rank 0 writes
+    trainer = Trainer(cfg, run_dir, state, make_engine(t, unet, dtype, ranks, log), Objective(cfg.objective), data,
+                      held, log=log)
+    resume(trainer, folder)
+    return trainer
+
+# %% ../nbs/04_train_deepspeed.ipynb #691b2434
+def resume(
+    trainer:Trainer, # changed in place
+    folder:Path      # the newest checkpoint, or None
+):
+    "Go on from a checkpoint, or write the first one"
+    state, engine = trainer.state, trainer.engine
+    engine.ranks.wait() # all have looked before rank 0 writes
     if folder:
-        for k, v in load_checkpoint(folder, unet, state.ema, optimizer).items(): setattr(state, k, v)
-        log(f'goes on at {state.images_seen} pictures, from {folder.name}')
-    elif ranks.leads: save_checkpoint(run_dir, unet, state.ema, optimizer, counters(state)) # proves that it can be
-    if ranks.leads: rewind_metrics(run_dir, state.images_seen)
-    pool = cpu_pool(t, device)
-    try: yield from train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, grid, pool, asked, ranks)
-    finally:
-        if pool: pool.shutdown()
-
-# %% ../nbs/04_train_deepspeed.ipynb #1d9a4b3d
-def counters(
-    state:TrainState # the run
-)->dict:             # what a checkpoint has to remember besides tensors
-    "The numbers of a state"
-    return {k: getattr(state, k) for k in ('images_seen', 'step', 'seconds', 'usual_loss', 'skipped',
-                                           'skipped_in_a_row', 'best_loss', 'best_at', 'worse')}
-
-SIGNALS = ('SIGINT', 'SIGTERM')
-
-def train_loop(cfg, run_dir, state, optimizer, objective, data, held, dtype, grid, pool, asked, ranks):
-    "Steps until the end, with everything that happens between them"
-    over = lambda: ranks.agree(end_of(t, state) or asked(), (*SIGNALS, *ENDS))
-    t, unet = cfg.train, state.unet
-    state.ended = over()
-    due = lambda every: every and (state.images_seen//every > before//every or state.ended in ENDS)
-    start, mark, logged = time.perf_counter() - state.seconds, time.perf_counter(), state.images_seen
-    saved = state.seconds
-    with open(run_dir/'metrics.jsonl' if ranks.leads else os.devnull, 'a') as metrics:
-        def write(**row): metrics.write(json.dumps(row) + '\n'); metrics.flush()
-        if state.ended: yield state # nothing left to do, but the weights are wanted
-        while not state.ended:
-            state.lr, before = learning_rate(t, state.images_seen), state.images_seen
-            for group in optimizer.param_groups: group['lr'] = state.lr
-            guarded_step(unet, optimizer, objective, data, t, state, dtype, pool, ranks)
-            state.images_seen += t.global_batch
-            state.seconds = time.perf_counter() - start
-            state.ended = over()
-            if due(t.log_images):
-                now = time.perf_counter()
-                state.images_per_second = (state.images_seen - logged)/(now - mark)
-                mark, logged = now, state.images_seen
-                write(images_seen=state.images_seen, loss=state.loss, lr=state.lr, grad_norm=state.grad_norm,
-                      images_per_second=round(state.images_per_second, 2), seconds=round(state.seconds, 2),
-                      **(dict(skipped=state.skipped) if state.skipped else {}))
-            best = False
-            if due(t.validation_images):
-                twin = averaged(unet, state.ema)
-                best = note_validation(state, validation_loss(twin, objective, held, t.seed))
-                write(images_seen=state.images_seen, validation_loss=sum(state.validation_bins)/N_BINS,
-                      validation_bins=state.validation_bins)
-                state.ended = state.ended or over()
-                if grid and ranks.leads: grid(twin, state.images_seen).save(run_dir/'samples'/f'img-{state.images_seen:08d}.png')
-            late = t.checkpoint_minutes and state.seconds - saved >= 60*t.checkpoint_minutes
-            if ranks.leads and (due(t.checkpoint_images) or best or late or state.ended):
-                save_checkpoint(run_dir, unet, state.ema, optimizer, counters(state))
-                saved = state.seconds
-                drop_old_checkpoints(run_dir, t.keep_checkpoints, state.best_at)
-            if state.ended: ranks.wait() # for the last checkpoint
-            yield state
+        numbers = load_checkpoint(folder, engine, state.ema)
+        engine.loss_scale.scale, engine.loss_scale.good = numbers.pop('loss_scale'), numbers.pop('good_steps')
+        for k, v in numbers.items(): setattr(state, k, v)
+        trainer.log(f'goes on at {state.images_seen} pictures, from {folder.name}')
+    else: save_checkpoint(trainer.run_dir, engine, state.ema, counters(state, engine)) # proves that it can be
+    if engine.ranks.leads: rewind_metrics(trainer.run_dir, state.images_seen)
 
 # %% ../nbs/04_train_deepspeed.ipynb #5e97b85f
 def with_progress(

@@ -51,6 +51,7 @@ def build_vae(
         latent_channels=cfg.latent_channels, norm_num_groups=cfg.norm_num_groups, sample_size=sample_size,
         scaling_factor=1., shift_factor=None)
 
+# %% ../nbs/02_vae.ipynb #08d9b37a
 def load_vae(
     cfg:VAEConfig,     # which one
     sample_size:int=64 # pixels along each side, for a new one
@@ -74,6 +75,7 @@ def vae_factor(
     "How much smaller the latents are than the picture"
     return 2**(len(vae.config.block_out_channels) - 1) if vae is not None else 1
 
+# %% ../nbs/02_vae.ipynb #2b72f291
 def check_size(
     vae,     # AutoencoderKL, AutoencoderTiny, or None
     size:int # pixels along each side
@@ -83,6 +85,7 @@ def check_size(
     if size % f: raise InputError(f"size {size} is not a multiple of {f}, the VAE's factor; "
                                   f"use {size//f*f or f} or {size//f*f + f}")
 
+# %% ../nbs/02_vae.ipynb #6e951a7a
 def posterior(
     vae,     # AutoencoderKL or AutoencoderTiny
     x:Tensor # (b, 3, h, w) in [-1, 1]
@@ -94,7 +97,7 @@ def posterior(
     if not hasattr(out, 'latent_dist'): return (out.latents - shift)*scale, torch.zeros_like(out.latents)
     return (out.latent_dist.mean - shift)*scale, out.latent_dist.std*scale
 
-# %% ../nbs/02_vae.ipynb #2b72f291
+# %% ../nbs/02_vae.ipynb #9cbb469d
 def encode_images(
     vae,            # AutoencoderKL or AutoencoderTiny
     x:Tensor,       # (b, 3, h, w) in [-1, 1]
@@ -105,6 +108,7 @@ def encode_images(
     if generators is None: return mean
     return mean + std*torch.stack([torch.randn(m.shape, generator=g) for m, g in zip(mean, generators)]).to(mean)
 
+# %% ../nbs/02_vae.ipynb #282e9513
 def decode_latents(
     vae,          # AutoencoderKL or AutoencoderTiny
     z:Tensor      # latents (b, c, h/f, w/f)
@@ -128,6 +132,7 @@ def measure_latents(
     m, second = total/count
     return m.float(), (second - m**2).clamp_min(1e-12).sqrt().float()
 
+# %% ../nbs/02_vae.ipynb #dc130fa8
 def fold_statistics(
     vae,        # AutoencoderKL, or AutoencoderTiny
     mean:Tensor,# (c,) of the latents as `posterior` scales them
@@ -178,6 +183,7 @@ def load_efficientnet()->tuple: # the frozen network; a function from pictures i
     mean, std = (torch.tensor(o)[:, None, None] for o in ((.485, .456, .406), (.229, .224, .225))) # of ImageNet
     return net.eval().requires_grad_(False), lambda x: ((x + 1)/2 - mean.to(x))/std.to(x)
 
+# %% ../nbs/02_vae.ipynb #3f3e0b41
 def feature_maps(
     name:str='efficientnet-lite0' # or module:function
 ):                                # function (b, 3, h, w) in [-1, 1] -> list of (b, c_l, h_l, w_l), with gradients
@@ -195,6 +201,7 @@ def feature_maps(
         return out
     return maps
 
+# %% ../nbs/02_vae.ipynb #a88347de
 def feature_distance(
     a:list, # feature maps (b, c_l, h_l, w_l)
     b:list  # the same of other pictures
@@ -211,6 +218,7 @@ def vae_beta(
     "beta: linear from 0 over the first `kl_warmup` of the pictures, then constant"
     return cfg.kl_weight*min(1., images_seen/(cfg.kl_warmup*cfg.n_images)) if cfg.kl_warmup else cfg.kl_weight
 
+# %% ../nbs/02_vae.ipynb #6759dfe3
 def vae_loss(
     vae,               # AutoencoderKL
     x:Tensor,          # (b, 3, h, w) in [-1, 1]
@@ -230,6 +238,7 @@ def vae_loss(
     features = feature_distance(maps(y), maps(x))
     return loss + cfg.feature_weight*features, parts | dict(features=features.item())
 
+# %% ../nbs/02_vae.ipynb #3ad6cd58
 def vae_lr(
     cfg:VAETrainConfig, # peak rate and length
     images_seen:int     # progress
@@ -237,7 +246,7 @@ def vae_lr(
     "Linear warm-up over 100 steps, then constant, then linear to 0 over the last 40 % of the pictures"
     return cfg.lr*max(0., min(1., (images_seen/cfg.batch + 1)/100, (1 - images_seen/cfg.n_images)/.4))
 
-# %% ../nbs/02_vae.ipynb #e550e508
+# %% ../nbs/02_vae.ipynb #fbc257c3
 def save_state(
     path:Path,  # file to replace
     state:dict  # tensors and numbers
@@ -249,6 +258,7 @@ def save_state(
         f.flush(); os.fsync(f.fileno())
     os.replace(f'{path}.tmp', path)
 
+# %% ../nbs/02_vae.ipynb #4eb1e262
 def load_state(
     folder,             # what `train_vae` was given; None keeps no state
     cfg:VAETrainConfig, # the recipe that is to go on
@@ -262,6 +272,7 @@ def load_state(
                                               "use that value to go on, or another folder")
     return state
 
+# %% ../nbs/02_vae.ipynb #e550e508
 def warm_decay(
     ema_decay:float, # final decay
     step:int         # steps taken
@@ -351,6 +362,7 @@ def outer_encode(
         if i < level: h = block.downsamplers[0](h)
     return h
 
+# %% ../nbs/02_vae.ipynb #75bde3f4
 def inner_encode(
     vae,      # AutoencoderKL
     h:Tensor, # what `outer_encode` gave
@@ -363,6 +375,7 @@ def inner_encode(
     moments = vae.quant_conv(vae.encoder.conv_out(F.silu(h))) # (b, 2c, h/f, w/f)
     return diffusers.models.autoencoders.vae.DiagonalGaussianDistribution(moments)
 
+# %% ../nbs/02_vae.ipynb #a7eb0fda
 def inner_decode(
     vae,      # AutoencoderKL
     z:Tensor, # latents (b, c, h/f, w/f)
@@ -435,6 +448,7 @@ def measure_pixels(
     vae.to('cpu')
     return tuple(o.cpu() for o in stats)
 
+# %% ../nbs/02_vae.ipynb #9d6a8f59
 def check_start(
     folder:Path,  # where the VAE is made
     name:str,     # what it starts from
@@ -500,6 +514,7 @@ def psnr(
     "Peak signal-to-noise ratio per picture"
     return 10*torch.log10(4/(a - b).pow(2).mean((1, 2, 3)).clamp_min(1e-12))
 
+# %% ../nbs/02_vae.ipynb #3e221e12
 def ssim(
     a:Tensor, # (b, c, h, w) in [-1, 1]
     b:Tensor  # same shape
@@ -514,7 +529,7 @@ def ssim(
     c1, c2 = .01**2, .03**2
     return (((2*ma*mb + c1)*(2*cov + c2))/((ma**2 + mb**2 + c1)*(va + vb + c2))).mean((1, 2, 3))
 
-# %% ../nbs/02_vae.ipynb #3e221e12
+# %% ../nbs/02_vae.ipynb #2b117dac
 def latent_kl(
     mean:Tensor, # (b, c, h, w) of the posterior
     std:Tensor   # same shape
@@ -522,6 +537,7 @@ def latent_kl(
     "Divergence of each picture's posterior from a standard normal"
     return .5*(mean**2 + std**2 - 1 - 2*std.log()).sum((1, 2, 3))
 
+# %% ../nbs/02_vae.ipynb #45589d7b
 def round_trip(
     vae,     # AutoencoderKL or AutoencoderTiny
     batches, # iterable of (b, 3, h, w) in [-1, 1]
@@ -550,6 +566,7 @@ def fold_pixels(
     "Squares of pixels as channels"
     return F.pixel_unshuffle(pixel_values, patch)
 
+# %% ../nbs/02_vae.ipynb #d162b2cd
 def unfold_pixels(
     x:Tensor # (b, 3 patch^2, h, w)
 )->Tensor:   # (b, 3, patch h, patch w)
@@ -570,6 +587,7 @@ def fingerprint(
         else: h.update(p if isinstance(p, bytes) else repr(p).encode())
     return h.hexdigest()
 
+# %% ../nbs/02_vae.ipynb #56f8f7a6
 def latent_folder(
     vae,        # AutoencoderKL or AutoencoderTiny, or None for pixel space
     size:int,   # pixels along each side
