@@ -200,6 +200,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                't2i_nb.engine.Ranks': ('engine.html#ranks', 't2i_nb/engine.py'),
                                't2i_nb.engine.Ranks.add_up': ('engine.html#ranks.add_up', 't2i_nb/engine.py'),
                                't2i_nb.engine.Ranks.agree': ('engine.html#ranks.agree', 't2i_nb/engine.py'),
+                               't2i_nb.engine.Ranks.from_first': ('engine.html#ranks.from_first', 't2i_nb/engine.py'),
                                't2i_nb.engine.Ranks.leads': ('engine.html#ranks.leads', 't2i_nb/engine.py'),
                                't2i_nb.engine.Ranks.share': ('engine.html#ranks.share', 't2i_nb/engine.py'),
                                't2i_nb.engine.Ranks.wait': ('engine.html#ranks.wait', 't2i_nb/engine.py'),

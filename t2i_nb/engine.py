@@ -70,6 +70,14 @@ class Ranks:
         place = torch.tensor(words.index(word) if word else -1)
         torch.distributed.all_reduce(place, torch.distributed.ReduceOp.MAX)
         return words[place] if place >= 0 else ''
+    def from_first(self,
+        numbers:list # as many on every rank
+    )->list:         # those of rank 0
+        "One rank's numbers for all: another device may round them otherwise, and decide otherwise"
+        if self.world == 1: return numbers
+        told = torch.tensor(numbers, dtype=torch.float64)
+        torch.distributed.broadcast(told, 0)
+        return told.tolist()
     def wait(self):
         "Until all ranks are here"
         if self.world > 1: torch.distributed.barrier()

@@ -421,7 +421,9 @@ def open_run(
     run_dir = Path(run_dir)
     if fresh and run_dir.is_dir() and any(run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty, and --fresh starts only in an empty directory; choose another one")
-    if (run_dir/'config.yaml').is_file():
+    begun = (run_dir/'config.yaml').is_file()
+    if cfg.train.init_from and not begun: find_weights(cfg.train.init_from) # refused before anything is made
+    if begun:
         there, here = flat(to_dict(load_config(run_dir/'config.yaml', RunConfig))), flat(to_dict(cfg))
         for k in sorted({*there, *here} - MAY_CHANGE):
             if there.get(k) != here.get(k):
@@ -754,12 +756,13 @@ def note_step(self:Trainer,
 @patch
 def validate(self:Trainer)->bool: # is it the best so far?
     "Validation loss and sample grid of the averaged weights"
-    state = self.state
-    twin = averaged(state.unet, state.ema)
-    best = note_validation(state, validation_loss(twin, self.objective, self.held, self.cfg.train.seed))
+    state, ranks = self.state, self.engine.ranks
+    twin, bins = averaged(state.unet, state.ema), [0.]*N_BINS
+    if ranks.leads: bins = validation_loss(twin, self.objective, self.held, self.cfg.train.seed)
+    best = note_validation(state, ranks.from_first(bins))
     self.write(images_seen=state.images_seen, validation_loss=sum(state.validation_bins)/N_BINS,
                validation_bins=state.validation_bins)
-    if self.grid and self.engine.ranks.leads:
+    if self.grid and ranks.leads:
         self.grid(twin, state.images_seen).save(self.run_dir/'samples'/f'img-{state.images_seen:08d}.png')
     return best
 
