@@ -56,6 +56,7 @@ class Server:
 def main():
     args = parse()
     if args.run: return train_one(args.run, args.n_images, args.track)
+    os.sched_setaffinity(0, {1})
     import mlflow, torch
     from t2i_nb.evaluation import describe_device
     from t2i_nb.tracking import read_metrics
@@ -70,9 +71,9 @@ def main():
             child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
             if name == 'with':
                 lines = lambda: len(read_metrics(run))
-                while lines() < args.n_images//48 and child.poll() is None: time.sleep(.2)
+                while lines() < args.n_images//48 and child.poll() is None: time.sleep(1)
                 server.kill()
-                while lines() < args.n_images//24 and child.poll() is None: time.sleep(.2)
+                while lines() < args.n_images//24 and child.poll() is None: time.sleep(1)
                 server.start()
             seconds[name].append(float(child.communicate()[0].split()[-1]))
             if name == 'with':
