@@ -3,7 +3,8 @@
     python bench/tracking.py
 
 Linux, at least two cores: the training has one to itself, the server another, so that only what the follower takes from the training is
-measured. In the middle third of a run the server is dead. At its end the server must have every line of metrics.jsonl. Needs mlflow and
+measured. In the middle third of a run the server is dead. Machines change their speed
+by more than a follower takes, so the processor time of its thread is stated too. At a run's end the server must have every line of metrics.jsonl. Needs mlflow and
 psutil. Writes bench/results/tracking.json."""
 import argparse, datetime, json, os, signal, socket, statistics, subprocess, sys, tempfile, time, urllib.request
 from pathlib import Path
@@ -22,8 +23,8 @@ def train_one(run, n_images, track):
     "A training of the recipe `demo` on drawn numbers, a line of metrics every step; prints its seconds"
     os.sched_setaffinity(0, {0})
     import torch
+    import t2i_nb.tracking as tracking
     from t2i_nb.core import apply_overrides, find_recipe, load_config
-    from t2i_nb.tracking import follow
     from t2i_nb.train import Components, RunConfig, TrainingData, train
     torch.set_num_threads(1)
     cfg = apply_overrides(load_config(find_recipe('demo'), RunConfig), [f'train.n_images={n_images}', 'train.device=cpu', 'train.precision=float32',
@@ -31,9 +32,14 @@ def train_one(run, n_images, track):
     draw = torch.Generator().manual_seed(0)
     noise = lambda *shape: torch.randn(shape, generator=draw).half()
     pictures = TrainingData(noise(512, 8, 8, 8), noise(512, 8, 8, 8).abs()/4, torch.arange(1, 513)[:, None], noise(513, 28, 128))
-    with follow(run, track, lambda text: print(text, file=sys.stderr)):
+    work, took = tracking.keep_sending, [0.]
+    def timed(*given):
+        try: work(*given)
+        finally: took[0] = time.thread_time()
+    tracking.keep_sending = timed
+    with tracking.follow(run, track, lambda text: print(text, file=sys.stderr)):
         for state in train(cfg, Path(run), Components(None, None, None), pictures, pictures): pass
-        print(state.seconds)
+    print(state.seconds, took[0])
 
 class Server:
     "`mlflow server` on another core"
@@ -61,7 +67,7 @@ def main():
     from t2i_nb.evaluation import describe_device
     from t2i_nb.tracking import read_metrics
     box = Path(tempfile.mkdtemp())
-    server, seconds, complete = Server(box), {'without': [], 'with': []}, []
+    server, seconds, own, complete = Server(box), {'without': [], 'with': []}, [], []
     server.start(); server.wait()
     env = {**os.environ, 'MLFLOW_TRACKING_URI': f'http://127.0.0.1:{server.port}'}
     for k in range(args.rounds):
@@ -75,8 +81,10 @@ def main():
                 server.kill()
                 while lines() < args.n_images//24 and child.poll() is None: time.sleep(1)
                 server.start()
-            seconds[name].append(float(child.communicate()[0].split()[-1]))
+            took, follower = map(float, child.communicate()[0].split()[-2:])
+            seconds[name].append(took)
             if name == 'with':
+                own.append(follower)
                 subprocess.run([sys.executable, '-m', 't2i_nb', 'track', str(run), '--to', 'mlflow'], cwd=root, env=env, check=True, capture_output=True)
                 client = mlflow.MlflowClient(env['MLFLOW_TRACKING_URI'])
                 noted = json.loads((run/'tracking.json').read_text())
@@ -88,7 +96,7 @@ def main():
     row = dict(name='training time followed by MLflow, its server dead in the middle third, against none', ours=statistics.median(seconds['with']),
                theirs=statistics.median(seconds['without']), ratio=1/ratio, unit='s', better='lower', device=describe_device('cpu'),
                versions=dict(torch=torch.__version__, mlflow=mlflow.__version__), date=str(datetime.date.today()), rounds=seconds,
-               longer_by=ratio - 1, all_metrics_arrived=complete)
+               follower_cpu_seconds=own, follower_share=statistics.median(f/s for f, s in zip(own, seconds['with'])), longer_by=ratio - 1, all_metrics_arrived=complete)
     (root/'bench'/'results'/'tracking.json').write_text(json.dumps([row], indent=1))
     print(json.dumps(row, indent=1))
 
