@@ -219,7 +219,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                't2i_nb.engine.ZeroEngine.close': ('engine.html#zeroengine.close', 't2i_nb/engine.py'),
                                't2i_nb.engine.ZeroEngine.moments': ('engine.html#zeroengine.moments', 't2i_nb/engine.py'),
                                't2i_nb.engine.ZeroEngine.restore': ('engine.html#zeroengine.restore', 't2i_nb/engine.py'),
-                               't2i_nb.engine.ZeroEngine.set_lr': ('engine.html#zeroengine.set_lr', 't2i_nb/engine.py'),
                                't2i_nb.engine.ZeroEngine.step': ('engine.html#zeroengine.step', 't2i_nb/engine.py'),
                                't2i_nb.engine.activation_bytes': ('engine.html#activation_bytes', 't2i_nb/engine.py'),
                                't2i_nb.engine.adamw': ('engine.html#adamw', 't2i_nb/engine.py'),

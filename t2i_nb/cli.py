@@ -441,7 +441,8 @@ def check_pipeline(
     x = torch.randn(1, unet.config.in_channels, size, size, generator=draw)
     states = torch.randn(1, 4, unet.config.cross_attention_dim, generator=draw)
     labels = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
-    with torch.no_grad(): answers = [net.eval()(x, torch.tensor([500.]), states, labels).sample for net in (unet, there)]
+    def answer(net): return net.eval()(x, torch.tensor([500.]), states, labels).sample
+    with torch.no_grad(): answers = [answer(net) for net in (unet, there)]
     if torch.allclose(*answers, atol=1e-4): return # weights that lie elsewhere in memory may round otherwise
     raise InputError(f"{folder} does not hold what was trained; look after the disk, then use t2i pipeline")
 
@@ -457,15 +458,16 @@ def fit(
     from t2i_nb.sampling import grid_maker
     grid = grid_maker(cfg, models, grid_prompts(cfg))
     sent_to, n = cfg.train.track if this_rank().leads else (), cfg.train.n_images
-    with follow(run_dir, sent_to, tell), stop_signals() as asked:
-        states = train_steps(cfg, run_dir, models, data, held, grid, tell, asked, predict=True)
-        for state in with_progress(states, n): pass
-        if state.ended not in ENDS:
-            raise Stopped(f"{state.ended}: stopped and saved after {state.images_seen:,} of {n:,} pictures; "
-                          "the same command goes on from there")
-        if state.ended != 'pictures':
-            tell(f"the run ended by {state.ended} after {state.images_seen:,} of {n:,} pictures")
-        if this_rank().leads: leave_pipeline(cfg, run_dir, models, state)
+    with follow(run_dir, sent_to, tell):
+        with stop_signals() as asked:
+            states = train_steps(cfg, run_dir, models, data, held, grid, tell, asked, predict=True)
+            for state in with_progress(states, n): pass
+        if state.ended in ENDS and this_rank().leads: leave_pipeline(cfg, run_dir, models, state)
+    if state.ended not in ENDS: # told outside, or trackers would take it for a failure
+        raise Stopped(f"{state.ended}: stopped and saved after {state.images_seen:,} of {n:,} pictures; "
+                      "the same command goes on from there")
+    if state.ended != 'pictures':
+        tell(f"the run ended by {state.ended} after {state.images_seen:,} of {n:,} pictures")
     return state
 
 # %% ../nbs/09_cli.ipynb #fcde8189

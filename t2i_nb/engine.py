@@ -35,7 +35,7 @@ class EngineConfig:
     global_batch:int=16      # pictures per optimiser step
     micro_batch:int=0        # pictures per forward pass, 0 for all; several are added up, side by side on a CPU
     zero_stage:int=0         # of several processes: 0 each holds all, 1 shares moments, 2 gradients too (DeepSpeed)
-    gradient_checkpointing:bool=False # compute activations twice instead of keeping them: less memory, a third slower
+    gradient_checkpointing:bool=False # activations are computed twice, not kept: less memory, a third more work
     device:str='auto'        # auto, cuda, mps or cpu
     precision:str='auto'     # auto, float32, bfloat16, float16
 
@@ -315,11 +315,8 @@ class ZeroEngine(TorchEngine):
         dtype,            # of the forward pass
         ranks:Ranks       # the processes that share a step
     ):
-        self.cfg, self.unet, self.ranks, self.dtype, self.refused = cfg, unet, ranks, dtype, False
-        self.device = next(unet.parameters()).device
-        self.loss_scale = LossScale(65536. if dtype == torch.float16 else 1.)
-        self.optimizer = adamw(cfg, unet, self.device.type)
-        n = sum(p.numel() for p in unet.parameters())
+        super().__init__(cfg, unet, dtype, ranks)
+        self.refused, n = False, sum(p.numel() for p in unet.parameters())
         with quiet_deepspeed(self.device.type):
             self.engine = deepspeed.initialize(model=unet, optimizer=self.optimizer, dist_init_required=False,
                                                config=zero_config(cfg, ranks.world, n))[0]
@@ -344,9 +341,6 @@ class ZeroEngine(TorchEngine):
         norm = float(self.engine.get_global_grad_norm())
         if not self.refused: self.loss_scale.note(not self.zero.overflow)
         return total.item(), norm, not self.zero.overflow
-    def set_lr(self, lr:float):
-        "Set the rate of the next step"
-        for group in self.zero.param_groups: group['lr'] = lr
     def moments(self)->dict:
         "As `TorchEngine.moments`: every rank takes part, the first gets the tensors"
         if not self.optimizer.state: return {}
@@ -476,7 +470,7 @@ def probe(
     side_by_side, threads = 1, torch.get_num_threads()
     if engine.pool: side_by_side = engine.pool._max_workers; torch.set_num_threads(1)
     with recorder() as mode: torch.autograd.grad(part(0), list(twin.parameters()))
-    arithmetic = sum(times*seconds_alone(*op, engine.device) for op, times in mode.ops.items())
+    arithmetic = sum(n_calls*seconds_alone(*op, engine.device) for op, n_calls in mode.ops.items())
     torch.set_num_threads(threads)
     held = 5*sum(p.numel()*p.element_size() for p in twin.parameters())
     engine.close()

@@ -474,7 +474,7 @@ class TrainState:
     loss:float = float('nan')      # mean weighted loss of the last step
     lr:float = 0.                  # learning rate of the last step
     grad_norm:float = 0.           # before clipping
-    update_ratio:float = 0.        # how far the last logged step moved the weights, in proportion to their length
+    update_ratio:float = 0.        # how far the last step moved the weights, in proportion; 0 where not measured
     seconds:float = 0.             # training time so far, over all restarts
     images_per_second:float = 0.   # over the last logging interval
     validation_bins:tuple = ()     # last validation loss per time bin
@@ -733,6 +733,7 @@ def step(self:Trainer,
             if not out_of_memory(e): raise
         self.micro = smaller_micro(self.micro, t, self.engine.ranks.world)
         self.log(f'memory ran out: goes on in micro-batches of {self.micro.micro_batch}')
+    state.update_ratio = 0.
     if measure:
         moved = torch.stack([(p.detach() - q).norm() for p, q in zip(params, before)]).norm()
         state.update_ratio = (moved/torch.stack([q.norm() for q in before]).norm()).item()
@@ -747,7 +748,8 @@ def note_step(self:Trainer,
     "Log a step"
     s = self.state
     s.images_per_second = images/seconds
-    self.write(images_seen=s.images_seen, loss=s.loss, lr=s.lr, grad_norm=s.grad_norm, update_ratio=s.update_ratio,
+    self.write(images_seen=s.images_seen, loss=s.loss, lr=s.lr, grad_norm=s.grad_norm,
+               **(dict(update_ratio=s.update_ratio) if s.update_ratio else {}), # not where a run ends between two lines
                images_per_second=round(s.images_per_second, 2), seconds=round(s.seconds, 2),
                **(dict(attained=round(s.images_per_second/self.attainable, 3)) if self.attainable else {}),
                **(dict(skipped=s.skipped) if s.skipped else {}))
@@ -788,14 +790,14 @@ def late(self:Trainer)->bool: # the same on every rank
 def run(self:Trainer): # yields the state after every step
     "Steps until the end, with everything that happens between them"
     t, state, ranks = self.cfg.train, self.state, self.engine.ranks
-    crossed = lambda every: every and state.images_seen//every > before//every
+    crossed = lambda every: every and (before + t.global_batch)//every > before//every
     due = lambda every: crossed(every) or every and state.ended in ENDS
     start, mark, logged = time.perf_counter() - state.seconds, time.perf_counter(), state.images_seen
     self.micro, self.saved, state.ended = t, state.seconds, self.over()
     if state.ended: yield state # nothing left to do, but the weights are wanted
     while not state.ended:
         before = state.images_seen
-        self.step(measure=t.log_images and (before + t.global_batch)//t.log_images > before//t.log_images)
+        self.step(measure=crossed(t.log_images))
         state.seconds = time.perf_counter() - start
         state.ended = self.over()
         if due(t.log_images):
@@ -812,14 +814,17 @@ def run(self:Trainer): # yields the state after every step
 WORTH_PREDICTING = 2_000 # pictures that are left
 
 @patch
-def predict(self:Trainer)->Probe:
+def predict(self:Trainer)->Probe: # None where memory does not suffice for a copy
     "Measure a few steps, and say what is to be expected"
     t, world = self.cfg.train, self.engine.ranks.world
     micro = t.micro_batch or t.global_batch//world
     def make_part(unet):
         return lambda k: micro_loss(unet, self.objective, make_batch(self.data, t, k, micro),
                                     self.engine.dtype)/t.global_batch
-    p = probe(t, self.state.unet, make_part, self.engine.dtype, world)
+    try: p = probe(t, self.state.unet, make_part, self.engine.dtype, world)
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e): raise
+        return self.log('nothing is predicted: memory does not suffice to measure a copy')
     self.attainable, left = p.attainable, (t.n_images - self.state.images_seen)/p.images_per_second
     time_left = f'{left/60:.0f} minutes' if left >= 100 else f'{left:.0f} seconds'
     self.log(f'about {p.images_per_second:.0f} pictures a second, {p.images_per_second/p.attainable:.0%} of what the '
@@ -902,7 +907,8 @@ def resume(
     engine.ranks.wait() # all have looked before rank 0 writes
     if folder:
         numbers = load_checkpoint(folder, engine, state.ema)
-        engine.loss_scale.scale, engine.loss_scale.good = numbers.pop('loss_scale'), numbers.pop('good_steps')
+        scale = engine.loss_scale # checkpoints of earlier versions have none
+        scale.scale, scale.good = numbers.pop('loss_scale', scale.scale), numbers.pop('good_steps', 0)
         for k, v in numbers.items(): setattr(state, k, v)
         trainer.log(f'goes on at {state.images_seen} pictures, from {folder.name}')
     else: save_checkpoint(trainer.run_dir, engine, state.ema, counters(state, engine)) # proves that it can be
