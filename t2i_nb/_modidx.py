@@ -116,6 +116,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             't2i_nb.cli.grid_prompts': ('cli.html#grid_prompts', 't2i_nb/cli.py'),
                             't2i_nb.cli.hush': ('cli.html#hush', 't2i_nb/cli.py'),
                             't2i_nb.cli.key_value': ('cli.html#key_value', 't2i_nb/cli.py'),
+                            't2i_nb.cli.later_commands': ('cli.html#later_commands', 't2i_nb/cli.py'),
                             't2i_nb.cli.leave_pipeline': ('cli.html#leave_pipeline', 't2i_nb/cli.py'),
                             't2i_nb.cli.main': ('cli.html#main', 't2i_nb/cli.py'),
                             't2i_nb.cli.make_folder': ('cli.html#make_folder', 't2i_nb/cli.py'),
