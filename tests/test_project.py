@@ -160,9 +160,12 @@ def test_wrong_input_is_cheap(args, tmp_path, monkeypatch):
 @needs_cli
 @pytest.mark.parametrize('args', (['--help'], ['sample', '--help'], WRONG['unknown recipe'], WRONG['unknown key']), ids=' '.join)
 def test_answers_within_a_second(args, tmp_path):
-    "The best of three, so that a busy machine does not fail it"
+    "The best of three; where the system tells, in seconds of the processor, which a busy machine does not change"
     def seconds():
         start = time.perf_counter()
-        subprocess.run([sys.executable, '-m', 't2i_nb', *args], capture_output=True, cwd=tmp_path)
-        return time.perf_counter() - start
+        process = subprocess.Popen([sys.executable, '-m', 't2i_nb', *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+        if not hasattr(os, 'wait4'): process.wait(); return time.perf_counter() - start
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return used.ru_utime + used.ru_stime
     assert min(seconds() for _ in range(3)) < 1
