@@ -71,7 +71,7 @@ class SampleConfig:
     prompts:tuple[str,...]=()  # prompts of the grids drawn while training; empty takes captions of the data
     guidance_scale:float=3.    # 1 is none and costs one UNet pass a step instead of two
     num_inference_steps:int=16 # denoising steps
-    sampler:str='dpmpp_2m'     # dpmpp_2m, euler, heun or ddim
+    sampler:str='dpmpp_2m'     # dpmpp_2m, euler, heun, ddim, unipc, euler_a or ddpm
     n_images:int=256           # pictures that `t2i demo` scores
 
 # %% ../nbs/04_train_deepspeed.ipynb #ea437a7d
@@ -87,7 +87,7 @@ class RunConfig:
 
 # %% ../nbs/04_train_deepspeed.ipynb #396314a1
 LR_SCHEDULES = ('constant', 'cosine', 'onecycle')
-SAMPLERS = ('dpmpp_2m', 'euler', 'heun', 'ddim')
+SAMPLERS = ('dpmpp_2m', 'euler', 'heun', 'ddim', 'unipc', 'euler_a', 'ddpm')
 
 def check_sampler(
     name:str # as a user writes it

@@ -98,9 +98,9 @@ def test_long_prompt(run):
 
 def test_sampler(run):
     for command in (['sample', 'run', 'a flower'], ['evaluate', 'run']):
-        refused("there is no sampler 'eular' (did you mean 'euler'?); use dpmpp_2m, euler, heun, ddim",
+        refused("there is no sampler 'eular' (did you mean 'euler'?); use dpmpp_2m, euler, heun, ddim, unipc, euler_a, ddpm",
                 *command, '--sampler', 'eular', cwd=run.parent)
-    refused("there is no sampler 'dimm' (did you mean 'ddim'?); use dpmpp_2m, euler, heun, ddim",
+    refused("there is no sampler 'dimm' (did you mean 'ddim'?); use dpmpp_2m, euler, heun, ddim, unipc, euler_a, ddpm",
             'train', 'demo', '--set', 'sample.sampler=dimm', cwd=run.parent)
 
 def test_steps_and_output(run):
