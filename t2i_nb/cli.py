@@ -463,7 +463,8 @@ def fit(
     run_dir:Path,       # the run
     models:Components,  # frozen models
     data,               # training data
-    held                # validation data
+    held,               # validation data
+    note=lambda state: None # told of every step
 )->TrainState:          # the last one
     "Train from the newest checkpoint to the end, and leave `pipeline/`"
     from t2i_nb.sampling import grid_maker
@@ -472,7 +473,7 @@ def fit(
     with follow(run_dir, sent_to, tell):
         with stop_signals() as asked:
             states = train_steps(cfg, run_dir, models, data, held, grid, tell, asked, predict=True)
-            for state in with_progress(states, n): pass
+            for state in with_progress(states, n): note(state)
         if state.ended in ENDS and this_rank().leads: leave_pipeline(cfg, run_dir, models, state)
     if state.ended not in ENDS: # told outside, or trackers would take it for a failure
         raise Stopped(f"{state.ended}: stopped and saved after {state.images_seen:,} of {n:,} pictures; "
