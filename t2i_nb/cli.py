@@ -8,8 +8,9 @@ __all__ = ['torch', 'tqdm', 'plt', 'safetensors_numpy', 'COMMANDS', 'LATER', 'OV
            'run_command', 'tell', 'format_result', 'Stopped', 'main', 'key_value', 'read_recipe', 'run_folder',
            'check_least', 'make_folder', 'find_pipeline', 'sampling_settings', 'hush', 'bar', 'caption_limit',
            'scan_pictures', 'scan', 'data_get', 'caption', 'grid_prompts', 'prepare', 'leave_pipeline',
-           'check_pipeline', 'fit', 'cache', 'train', 'run_config', 'pipeline', 'track', 'report', 'compare', 'sample',
-           'score_lines', 'check_features', 'open_pictures', 'tell_pictures', 'evaluate', 'draw_grid', 'demo',
+           'check_pipeline', 'fit', 'cache', 'train', 'run_config', 'pipeline', 'track', 'report', 'compare',
+           'drawing_options', 'open_start', 'check_start', 'ready_to_draw', 'recreate_picture', 'sample_table',
+           'sample', 'score_lines', 'check_features', 'open_pictures', 'tell_pictures', 'evaluate', 'draw_grid', 'demo',
            'all_pixels', 'check_vae_folder', 'vae_train', 'check_vae', 'vae_prior', 'vae_evaluate', 'vae_encode',
            'vae_decode']
 
@@ -33,13 +34,15 @@ from safetensors import SafetensorError
 import t2i_nb
 from .captioner import caption_pictures, load_captioner
 from .captions import TextConfig, check_prompt_length, count_tokens, encoder_places, load_text_encoder
-from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, flat, image_grid, keyed_rng, lazy,
-                         load_config, load_function, nearest, package_dir, save_config, show_images, to_dict, to_pil)
-from .data import DataConfig, check_split, image_to_tensor
+from .core import (InputError, Tensor, apply_overrides, best_device, find_recipe, flat, keyed_rng, lazy, load_config,
+                         load_function, nearest, package_dir, save_config, show_images, to_dict, to_pil)
+from .data import DataConfig, check_split, image_to_tensor, open_image
 from .engine import choose_precision, this_rank
 from .evaluation import (Evaluation, evaluate as evaluate_run, open_prompts, save_evaluation,
                                score_prompts, summary, unseen_pictures, vae_report)
 from .prior import PriorConfig, load_prior, made_for, prior_report, read_prior_config, save_prior, train_prior
+from .provenance import (draw_folder, pipeline_digest, pixel_digest, provenance, read_prompts, read_provenance,
+                               recreate as draw_again, save_drawn)
 from .scan import (duplicate_grid, example_grid, load_usable, picture_findings, plot_attributes,
                          scan as scan_source)
 from .sources import IMAGE_SUFFIXES, get_data, load_dataset, read_source
@@ -266,7 +269,7 @@ def sampling_settings(
     run_dir,                  # a run, or a folder in diffusers' layout
     num_inference_steps=None, # denoising steps; None takes the run's
     guidance_scale=None,      # 1 is none; None takes the run's
-    sampler=None              # dpmpp_2m, euler, heun or ddim; None takes the run's
+    sampler=None              # by its name in `06_sampling`; None takes the run's
 )->dict:                      # arguments of `sampling.sample`
     "What was typed, or else what the run's recipe says"
     path = Path(run_dir)/'config.yaml'
@@ -578,38 +581,169 @@ def compare(
     rows = found.settings | found.losses
     return {k: f'{show(a)} -> {show(b)}' for k, (a, b) in rows.items()} | {'picture': out}
 
-# %% ../nbs/09_cli.ipynb #febdd489
+# %% ../nbs/09_cli.ipynb #81e47ea5
+def drawing_options(
+    size:str=None,              # WIDTHxHEIGHT in pixels
+    guidance_interval:str=None, # LOW,HIGH in [0, 1]
+    guidance_rescale:float=None # 0 to 1
+)->dict:                        # arguments of `sampling.sample`
+    "The options that a recipe does not have"
+    out = {}
+    if size is not None:
+        parts = size.lower().split('x')
+        if len(parts) != 2 or not all(o.isdigit() and int(o) for o in parts):
+            raise InputError(f"--size is '{size}'; write WIDTHxHEIGHT in pixels, e.g. 64x96")
+        out |= dict(width=int(parts[0]), height=int(parts[1]))
+    if guidance_interval is not None:
+        try: low, high = map(float, guidance_interval.split(','))
+        except ValueError: low, high = 1, 0
+        if not 0 <= low <= high <= 1:
+            raise InputError(f"--guidance-interval is '{guidance_interval}'; write two noise levels LOW,HIGH from 0 to 1")
+        out['guidance_interval'] = (low, high)
+    if guidance_rescale is not None:
+        if not 0 <= guidance_rescale <= 1: raise InputError(f"--guidance-rescale is {guidance_rescale:g}; use 0 to 1")
+        out['guidance_rescale'] = guidance_rescale
+    return out
+
+# %% ../nbs/09_cli.ipynb #4a580890
+def open_start(
+    start:Path,       # picture
+    start_level:float # noise level
+):                    # PIL image
+    "The picture that drawing begins with"
+    if start_level is None: raise InputError('--start needs --start-level, the noise to put on the picture: 0.6 keeps '
+                                             'its composition, 1 keeps nothing')
+    if not Path(start).is_file(): raise InputError(f"there is no picture {start}; check the path after --start")
+    try: return open_image(start)
+    except (OSError, SyntaxError, ValueError) as e: raise InputError(f"--start {start} cannot be read: {e}") from None
+
+def check_start(
+    run_dir:Path,      # has a prior, where no picture is given
+    start:Path,        # picture, or None
+    start_level:float  # as typed
+)->tuple:              # PIL image or None, and what the file will say of it
+    "Where drawing begins; needs no torch"
+    if start_level is not None and not 0 < start_level <= 1:
+        raise InputError(f"--start-level is {start_level:g}; use a noise level above 0, at most 1")
+    if start is not None:
+        image = open_start(start, start_level)
+        return image, pixel_digest(image)
+    if start_level is None: return None, ''
+    read_prior_config(Path(run_dir)/'prior')
+    return None, 'prior ' + pipeline_digest(Path(run_dir)/'prior')
+
+def ready_to_draw(
+    folder:Path,    # in diffusers' layout
+    run_dir:Path,   # has the prior, if one is used
+    start,          # PIL image or None
+    began:str       # from `check_start`
+)->tuple:           # the pipeline, and the arguments `start` or `prior` of `sampling.sample`
+    "Load what draws"
+    hush()
+    from t2i_nb.sampling import load_pipeline
+    pipeline = load_pipeline(folder).to(best_device())
+    if start is not None: return pipeline, dict(start=start)
+    return pipeline, dict(prior=load_prior(Path(run_dir)/'prior')) if began else {}
+
+# %% ../nbs/09_cli.ipynb #0778461c
+def recreate_picture(
+    picture:Path,     # a PNG that `t2i sample` wrote
+    run_dir:Path,     # the run, or a folder in diffusers' layout
+    start:Path=None,  # the picture it began with
+    out:Path=None     # where to write what is drawn now; nowhere if not given
+)->dict:              # the verdict
+    "Draw a picture again from what it says, and compare"
+    folder, facts = find_pipeline(run_dir), read_provenance(picture)
+    began = str(facts['start'])
+    if began.startswith('prior '): check_start(run_dir, None, .5)
+    elif began and start is None: raise InputError(f"{picture} began with another picture; give it with --start")
+    if out is not None: make_folder(out)
+    image = open_start(start, 1.) if began and start is not None else None
+    pipeline, begin = ready_to_draw(folder, run_dir, image, began)
+    found = draw_again(picture, pipeline, pipeline_digest(folder), **begin)
+    if out is not None: found.image.save(out)
+    if not found.same: raise InputError(f'{picture} {found.verdict}')
+    return {'picture': picture, 'verdict': found.verdict} | ({'drawn again': out} if out is not None else {})
+
+# %% ../nbs/09_cli.ipynb #148bc58a
+def sample_table(
+    folder:Path,      # pipeline
+    run_dir:Path,     # has the prior, if one is used
+    pictures:list,    # from `read_prompts`
+    out:Path,         # folder
+    began:tuple,      # from `check_start`
+    batch:int,        # pictures at a time
+    how:dict          # arguments of `sampling.sample`
+)->dict:              # what was drawn
+    "Draw all pictures of a table that are not there yet"
+    check_prompt_length(folder/'tokenizer', list(dict.fromkeys(p[k] for k in ('prompt', 'negative_prompt')
+                                                               for p in pictures)))
+    if out.exists() and not out.is_dir(): raise InputError(f"--out {out} is a file; with --prompts name a folder")
+    pipeline, begin = ready_to_draw(folder, run_dir, *began)
+    from t2i_nb.sampling import sample as draw_pictures
+    digest = pipeline_digest(folder)
+    def facts(some): return provenance([p['prompt'] for p in some], [p['seed'] for p in some], digest,
+                                       [p['negative_prompt'] for p in some], start=began[1], **how)
+    def generate(*args, **kwargs): return draw_pictures(pipeline, *args, **kwargs, **how, **begin)
+    n = draw_folder(generate, pictures, out, facts, batch, bar('batches'))
+    return {'pictures': len(pictures), 'drawn now': n, 'folder': out, 'next': f't2i scan {out}'}
+
+# %% ../nbs/09_cli.ipynb #7490b924
 @command('sample', 't2i sample runs/demo "a large red flower with five round petals at night"',
          't2i sample runs/mine "a tulip" "a rose" --seed 7 --out flowers.png',
          't2i sample runs/mine "a tulip" --guidance-scale 1 --sampler heun --num-inference-steps 30',
-         't2i sample runs/mine "a tulip" --start-level 0.7   # after t2i vae prior runs/mine')
+         't2i sample runs/mine "a tulip" --start photo.png --start-level 0.6',
+         't2i sample runs/mine "a tulip" --start-level 0.7   # after t2i vae prior runs/mine',
+         't2i sample runs/mine --prompts prompts.csv --per-prompt 4 --out many',
+         't2i sample runs/mine --recreate flowers.png   # is it what this run draws?')
 def sample(
     run_dir:Path,                  # a run, or a folder in diffusers' layout
-    *prompts:Annotated[str, dict(nargs='+')], # one or more; several make a grid
+    *prompt:Annotated[str, dict(nargs='*')], # one or more; several make a grid
     seed:int=0,                    # picture i starts from the noise of seed + i
-    out:Path=Path('grid.png'),     # file to write
+    out:Path=None,                 # file to write, grid.png if not given; with --prompts a folder, named as the table
     num_inference_steps:int=None,  # denoising steps; the run's if not given
     guidance_scale:float=None,     # 1 is none; the run's if not given
     negative_prompt:str=None,      # what to steer away from
-    sampler:str=None,              # dpmpp_2m, euler, heun or ddim; the run's if not given
-    start_level:float=None         # noise level in (0, 1] to which the run's prior leads; from noise if not given
+    sampler:str=None,              # dpmpp_2m, euler, heun, ddim, unipc, euler_a or ddpm; the run's if not given
+    guidance_interval:str=None,    # LOW,HIGH: noise levels in [0, 1] at which guidance acts; all if not given
+    guidance_rescale:float=None,   # share of the contrast to restore that guidance added, 0 to 1
+    size:str=None,                 # WIDTHxHEIGHT in pixels; what the run was trained at if not given
+    start:Path=None,               # picture to begin with, at --start-level
+    start_level:float=None,        # noise level in (0, 1] to begin at: with --start, or with the run's prior
+    prompts:Path=None,             # .csv with the columns prompt and, if wanted, seed and negative_prompt
+    per_prompt:int=1,              # pictures of each row of --prompts
+    batch:int=8,                   # pictures at a time of --prompts
+    recreate:Path=None             # a PNG that t2i sample wrote: draw it again, and say whether it matches
 )->dict:                           # the file
-    "Draw pictures from prompts"
+    "Draw pictures from prompts, each with what drew it in the file"
+    if sum((bool(prompt), prompts is not None, recreate is not None)) > 1:
+        raise InputError('prompts, --prompts and --recreate exclude each other; give one of them')
+    if recreate is not None: return recreate_picture(recreate, run_dir, start, out)
     folder, how = find_pipeline(run_dir), sampling_settings(run_dir, num_inference_steps, guidance_scale, sampler)
-    if not prompts: raise InputError('there is no prompt; give one or more')
-    if Path(out).suffix.lower() not in IMAGE_SUFFIXES: raise InputError(f"--out {out} is no picture; end it in .png")
-    check_prompt_length(folder/'tokenizer', [*prompts, negative_prompt or ''])
-    if start_level is not None:
-        read_prior_config(Path(run_dir)/'prior')
-        if not 0 < start_level <= 1:
-            raise InputError(f"--start-level is {start_level:g}; use a noise level above 0, at most 1")
+    how |= drawing_options(size, guidance_interval, guidance_rescale)
+    for option, v, least in (('--seed', seed, 0), ('--per-prompt', per_prompt, 1), ('--batch', batch, 1)):
+        check_least(option, v, least)
+    if prompts is not None:
+        asked = read_prompts(prompts, per_prompt, seed)
+        asked = [p | dict(negative_prompt=p['negative_prompt'] or negative_prompt or '') for p in asked]
+    elif not prompt: raise InputError('there is no prompt; give one or more')
+    else:
+        out = Path('grid.png') if out is None else Path(out)
+        if out.suffix.lower() not in IMAGE_SUFFIXES: raise InputError(f"--out {out} is no picture; end it in .png")
+        check_prompt_length(folder/'tokenizer', [*prompt, negative_prompt or ''])
+    if size is not None: tell('at another size than it was trained at a network repeats or cuts what it draws')
+    began = check_start(run_dir, start, start_level)
+    if start_level is not None: how['start_level'] = start_level
+    if prompts is not None:
+        return sample_table(folder, run_dir, asked, Path(out or Path(prompts).stem), began, batch, how)
     make_folder(out)
-    hush()
-    from t2i_nb.sampling import load_pipeline, sample as draw_pictures
-    pipeline, seeds = load_pipeline(folder).to(best_device()), [seed + i for i in range(len(prompts))]
-    if start_level is not None: how |= dict(prior=load_prior(Path(run_dir)/'prior'), start_level=start_level)
-    images = draw_pictures(pipeline, list(prompts), seeds, negative_prompt=negative_prompt or '', **how)
-    (image_grid(images, min(8, len(images))) if len(images) > 1 else images[0]).save(out)
+    pipeline, begin = ready_to_draw(folder, run_dir, *began)
+    from t2i_nb.sampling import sample as draw_pictures
+    seeds, away = [seed + i for i in range(len(prompt))], negative_prompt or ''
+    images = draw_pictures(pipeline, list(prompt), seeds, negative_prompt=away, **how, **begin)
+    facts = provenance(list(prompt), seeds, pipeline_digest(folder), away, start=began[1], **how)
+    save_drawn(images, out, facts)
+    if out.suffix.lower() != '.png': tell(f'{out} cannot say what drew it; end --out in .png for a picture that can')
     return {'picture': out}
 
 # %% ../nbs/09_cli.ipynb #45980cc2
@@ -670,7 +804,7 @@ def evaluate(
     run_dir:Path,                 # a run
     n_images:int=None,            # pictures in each scored set; the recipe's if not given
     guidance_scale:float=None,    # 1 is none; the recipe's if not given
-    sampler:str=None,             # dpmpp_2m, euler, heun or ddim; the recipe's if not given
+    sampler:str=None, # dpmpp_2m, euler, heun, ddim, unipc, euler_a or ddpm; the recipe's if not given
     num_inference_steps:int=None, # denoising steps; the recipe's if not given
     reader:str='shipped',         # toy flowers: 'shipped', or module:function of your own
     features:str=None, # KID's network: reader, efficientnet-lite0 or module:function; what suits the data if not given

@@ -185,11 +185,12 @@ def judge(
     facts:dict, # what the file says
     shown,      # what it shows, PIL
     image,      # what was drawn now, PIL
-    digest:str  # of the weights that drew it now
+    digest:str, # of the weights that drew it now
+    began:str='' # digest of the picture it began with now
 )->Recreation:
     "Whether a file shows what it says, in a sentence"
     worst, ratio = compare_pixels(shown, image)
-    doubts = []
+    doubts = ['it began with another picture than the one given']*bool(began and began != facts['start'])
     if facts_digest(facts) != facts['digest']: doubts.append('what it says was changed after it was drawn')
     if pixel_digest(shown) != facts['pixels']: doubts.append('its pixels were changed after it was drawn')
     if facts['pipeline'] != digest:
@@ -217,7 +218,8 @@ def recreate(
     draw = generate or (lambda *a, **k: sample(pipeline, *a, **k))
     images = draw(prompts, seeds, negative_prompt=away[0] if len({*away}) == 1 else away, **how)
     image = images[0] if len(images) == 1 else image_grid(images, facts.get('cols', 8))
-    with Image.open(path) as shown: return judge(facts, shown.convert('RGB'), image, digest)
+    began = pixel_digest(begin['start']) if 'start' in begin else ''
+    with Image.open(path) as shown: return judge(facts, shown.convert('RGB'), image, digest, began)
 
 # %% ../nbs/06b_provenance.ipynb #d8ad4a2d
 COLUMNS = ('prompt', 'seed', 'negative_prompt')
@@ -290,8 +292,8 @@ def draw_folder(
 )->int:                  # pictures drawn; the others were there
     "Draw a table of prompts into a folder of pictures and captions, going on where it stopped"
     out = Path(out)
-    if out.exists() and not out.is_dir(): raise InputError(f"{out} is a file; name a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError: raise InputError(f"{out} cannot be made a folder; use another") from None
     with only_writer(out, 'wait, or name another folder'):
         left = pending(pictures, out, facts)
         for i in progress(range(0, len(left), batch_size)):
