@@ -1,31 +1,13 @@
 "Trackers that are killed, never come back or are told everything twice, in processes of their own"
-import json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
+import json, os, shutil, socket, subprocess, sys, time
 import pytest
 import yaml
 from PIL import Image
+from servers import MlflowServer
 from t2i_nb.core import InputError
 from t2i_nb.tracking import check_trackers, follow, read_metrics, read_notes, send
 
 mlflow = pytest.importorskip('mlflow')
-
-class Server:
-    "A real `mlflow server` that can be killed and started again at the same address"
-    def __init__(self, folder):
-        with socket.socket() as s: s.bind(('127.0.0.1', 0)); self.port = s.getsockname()[1]
-        self.folder, self.address, self.process = folder, f'http://127.0.0.1:{self.port}', None
-        self.folder.mkdir()
-    def start(self, wait=True):
-        command = [sys.executable, '-m', 'mlflow', 'server', '--backend-store-uri', f'sqlite:///{self.folder}/mlflow.db', '--workers', '1',
-                   '--artifacts-destination', str(self.folder/'artifacts'), '--host', '127.0.0.1', '--port', str(self.port)]
-        self.process = subprocess.Popen(command, cwd=self.folder, stdout=open(self.folder/'log', 'a'), stderr=subprocess.STDOUT, start_new_session=True,
-                                        env=os.environ | dict(MLFLOW_DISABLE_TELEMETRY='true', MLFLOW_SERVER_ENABLE_JOB_EXECUTION='false'))
-        while wait and not self.answers(): assert self.process.poll() is None, (self.folder/'log').read_text(); time.sleep(.1)
-    def answers(self):
-        try: return urllib.request.urlopen(f'{self.address}/health', timeout=1).status == 200
-        except OSError: return False
-    def kill(self):
-        if self.process: os.killpg(self.process.pid, signal.SIGKILL); self.process.wait() # the server and its worker
-        self.process = None
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch):
@@ -35,7 +17,7 @@ def patient(monkeypatch):
 
 @pytest.fixture(scope='module')
 def server(tmp_path_factory):
-    made = Server(tmp_path_factory.mktemp('mlflow')/'server')
+    made = MlflowServer(tmp_path_factory.mktemp('mlflow')/'server')
     made.start()
     yield made
     made.kill()
