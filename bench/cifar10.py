@@ -85,7 +85,7 @@ def main():
     from t2i_nb.core import image_grid
     from t2i_nb.evaluation import describe_device, load_feature_network, picture_report, picture_seed, to_pixel_values
     from t2i_nb.sampling import load_pipeline, sample
-    from t2i_nb.train import read_metrics
+    from t2i_nb.tracking import read_metrics
     data, run = conftest.data_dir/'cifar10', args.run_dir
     wanted = [*overrides(data, args.n_images), *args.set]
     print(train('cifar10', run, wanted))

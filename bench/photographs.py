@@ -48,7 +48,8 @@ def train_and_score(
     from t2i_nb.evaluation import evaluate_generator, nearest_images, to_pixel_values
     from t2i_nb.sampling import build_pipeline, sample
     from t2i_nb.scan import load_usable
-    from t2i_nb.train import load_components, read_metrics
+    from t2i_nb.tracking import read_metrics
+    from t2i_nb.train import load_components
     from t2i_nb.unet import Objective, build_unet
     print(train('folder', run, overrides), flush=True)
     cfg = read_recipe('folder', overrides)

@@ -23,7 +23,8 @@ def main():
     import torch
     from t2i_nb.core import apply_overrides, find_recipe, load_config
     from t2i_nb.evaluation import describe_device
-    from t2i_nb.train import RunConfig, TrainingData, make_trainer, save_checkpoint, counters, train_step, update_ema
+    from t2i_nb.checkpoint import save_checkpoint
+    from t2i_nb.train import RunConfig, TrainingData, make_trainer, counters, train_step, update_ema
     from t2i_nb.engine import Ranks
     cfg = apply_overrides(load_config(find_recipe('demo'), RunConfig), ['train.device=cpu', 'train.precision=float32'])
     t, draw = cfg.train, torch.Generator().manual_seed(0)

@@ -14,10 +14,11 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from fastcore.script import call_parse
+from t2i_nb.checkpoint import checkpoint_folders, is_valid, newest_checkpoint
 from t2i_nb.core import InputError, lazy, load_config
 from t2i_nb.engine import Ranks, join_ranks, this_rank
 from t2i_nb.sources import KNOWN_SETS
-from t2i_nb.train import RunConfig, checkpoint_folders, check_run, is_valid, newest_checkpoint
+from t2i_nb.train import RunConfig, check_run
 
 # %% ../nbs/05b_entry.ipynb #c9f37669
 torch = lazy('torch')

@@ -33,7 +33,8 @@ from .core import (InputError, Tensor, best_device, from_dict, keyed_generator, 
 from .data import (ATTRIBUTES, DataConfig, caption_flower, draw_flower, held_out_triples, image_to_tensor,
                          random_attributes)
 from .scan import load_usable, without_near_copies
-from .train import RunConfig, read_metrics
+from .tracking import read_metrics
+from .train import RunConfig
 from .vae import decode_latents, encode_images, load_efficientnet, load_vae, round_trip
 
 # %% ../nbs/08_evaluation.ipynb #36d37ec7

@@ -4,24 +4,20 @@
 
 # %% auto #0
 __all__ = ['np', 'torch', 'tqdm', 'safetensors_torch', 'LR_SCHEDULES', 'SAMPLERS', 'N_BINS', 'MAY_CHANGE', 'SPIKE', 'STEADY',
-           'MAX_SKIPPED', 'ENDS', 'WEIGHTS', 'SIGNALS', 'WORTH_PREDICTING', 'TrainConfig', 'SampleConfig', 'RunConfig',
+           'MAX_SKIPPED', 'ENDS', 'SIGNALS', 'WORTH_PREDICTING', 'TrainConfig', 'SampleConfig', 'RunConfig',
            'check_sampler', 'recipe_factor', 'check_run', 'TrainingData', 'Components', 'load_components',
            'caption_rows', 'picture_classes', 'prepare_data', 'picture_order', 'epoch_order', 'make_batch',
-           'learning_rate', 'update_ema', 'validation_loss', 'flush', 'checksum', 'write_folder', 'save_checkpoint',
-           'is_valid', 'checkpoint_folders', 'newest_checkpoint', 'load_checkpoint', 'open_run', 'check_pictures',
-           'rewind_metrics', 'TrainState', 'micro_loss', 'train_step', 'guarded_step', 'damage', 'out_of_memory',
-           'smaller_micro', 'stop_signals', 'end_of', 'note_validation', 'drop_old_checkpoints', 'best_average',
-           'find_weights', 'warm_start', 'averaged', 'counters', 'Trainer', 'check_share', 'train', 'make_trainer',
+           'learning_rate', 'update_ema', 'validation_loss', 'open_run', 'check_pictures', 'TrainState', 'micro_loss',
+           'train_step', 'guarded_step', 'damage', 'out_of_memory', 'smaller_micro', 'stop_signals', 'end_of',
+           'note_validation', 'best_average', 'averaged', 'counters', 'Trainer', 'check_share', 'train', 'make_trainer',
            'resume', 'with_progress']
 
 # %% ../nbs/04_train_deepspeed.ipynb #427f24ef
 import contextlib
 import copy
-import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -29,8 +25,9 @@ from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from functools import lru_cache
 from pathlib import Path
-from safetensors import SafetensorError
 from .captions import TextConfig, build_text_cache, load_text_encoder
+from .checkpoint import (Ledger, drop_old_checkpoints, find_weights, is_valid, load_checkpoint,
+                               newest_checkpoint, open_ledger, rewind_metrics, save_checkpoint, warm_start)
 from .core import (InputError, Tensor, flat, keyed_generator, keyed_seed, lazy, load_config, nearest,
                          only_writer, pretrained_dir, save_config, to_dict)
 from .data import DataConfig
@@ -38,7 +35,7 @@ from .engine import (PRECISIONS, EngineConfig, Probe, Ranks, choose_precision, j
                            probe, this_rank)
 from .scan import load_usable
 from .sources import load_dataset
-from .tracking import check_trackers, read_metrics
+from .tracking import check_trackers
 from .unet import Objective, ObjectiveConfig, UNetConfig, build_unet, check_objective, unet_keys
 from .vae import VAEConfig, build_latent_cache, check_size, load_vae, warm_decay
 
@@ -50,6 +47,8 @@ np, torch, tqdm, safetensors_torch = lazy('numpy'), lazy('torch'), lazy('tqdm.au
 class TrainConfig(EngineConfig):
     n_images:int=48_000      # pictures to train on in all; epochs and steps follow
     max_minutes:float=0.     # the run ends here if it has not seen n_images by then; 0 sets no limit
+    max_dollars:float=0.     # or if it has cost so much by then, all restarts included; 0 sets no limit
+    dollars_per_hour:float=0. # what the machines cost together; 0 where it is not known
     patience:int=0           # it ends after so many validations without a new best; 0 never does
     lr_schedule:str='cosine' # constant, cosine (to 0 at the end) or onecycle
     warmup_images:int=1600   # linear warm-up of constant and cosine, in pictures
@@ -122,8 +121,11 @@ def check_run(
     if not 0 <= t.caption_dropout < 1:
         raise InputError(f"train.caption_dropout is {t.caption_dropout}; use a share in [0, 1)")
     if t.keep_checkpoints < 1: raise InputError(f"train.keep_checkpoints is {t.keep_checkpoints}; use 1 or more")
-    for name in ('max_minutes', 'checkpoint_minutes', 'patience'):
+    for name in ('max_minutes', 'max_dollars', 'dollars_per_hour', 'checkpoint_minutes', 'patience'):
         if getattr(t, name) < 0: raise InputError(f"train.{name} is {getattr(t, name)}; use 0 for none, or more")
+    if t.max_dollars and not t.dollars_per_hour:
+        raise InputError(f"train.max_dollars is {t.max_dollars}, and nothing says what an hour costs; "
+                         "set train.dollars_per_hour, too")
     if t.precision not in PRECISIONS:
         raise InputError(f"train.precision is '{t.precision}'; use one of {', '.join(PRECISIONS)}")
     if t.zero_stage not in (0, 1, 2): raise InputError(f"train.zero_stage is {t.zero_stage}; use 0, 1 or 2")
@@ -313,103 +315,9 @@ def validation_loss(
         losses.append((pred - objective.target(x, e, t)).square().mean().item())
     return losses
 
-# %% ../nbs/04_train_deepspeed.ipynb #06082796
-def flush(
-    path:Path # file or folder
-):
-    "Make sure that `path` is on the disk"
-    if os.name == 'nt' and path.is_dir(): return # Windows cannot open folders
-    fd = os.open(path, os.O_RDONLY if os.name != 'nt' else os.O_RDWR)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
-def checksum(
-    path:Path # file
-)->str:       # hexadecimal
-    "Digest of a file"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'blake2b').hexdigest()[:32]
-
-# %% ../nbs/04_train_deepspeed.ipynb #27264608
-def write_folder(
-    folder:Path, # where it shall be
-    write        # function that fills a folder
-):
-    "Fill a folder under a temporary name, add a manifest, flush, and rename it into place"
-    tmp = folder.with_name(f'.{folder.name}.tmp')
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
-        tmp.mkdir(parents=True)
-        write(tmp)
-        files = sorted(p for p in tmp.rglob('*') if p.is_file())
-        sums = {p.relative_to(tmp).as_posix(): checksum(p) for p in files}
-        (tmp/'manifest.json').write_text(json.dumps(sums, indent=1))
-        for p in [*files, tmp/'manifest.json', tmp]: flush(p)
-    except (OSError, SafetensorError) as e: # a full disk, most of all
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise InputError(f"{folder} cannot be written ({e}); make room, and the same command goes on from what was "
-                         "saved before") from None
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(tmp, folder)
-    flush(folder.parent)
-
-# %% ../nbs/04_train_deepspeed.ipynb #577dbed4
-def save_checkpoint(
-    run_dir:Path,  # the run
-    engine,        # whose weights and moments; every rank takes part
-    ema:dict,      # averaged parameters by name
-    counters:dict  # images_seen, step, seconds
-)->Path:           # the checkpoint's folder
-    "Write everything that the next step depends on"
-    folder = Path(run_dir)/'checkpoints'/f"img-{counters['images_seen']:08d}"
-    parts = dict(unet=engine.weights(), ema=ema, optimizer=engine.moments()) # gathered from all
-    def write(tmp):
-        for name, tensors in parts.items():
-            tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            safetensors_torch.save_file(tensors, tmp/f'{name}.safetensors')
-        (tmp/'state.json').write_text(json.dumps(counters))
-    if engine.ranks.leads: write_folder(folder, write)
-    return folder
-
-# %% ../nbs/04_train_deepspeed.ipynb #38de278e
-def is_valid(
-    folder:Path # a checkpoint
-)->bool:
-    "Does every file of the manifest have its checksum?"
-    try: manifest = json.loads((folder/'manifest.json').read_text())
-    except (OSError, ValueError): return False
-    return all((folder/f).is_file() and checksum(folder/f) == h for f, h in manifest.items())
-
-def checkpoint_folders(
-    run_dir:Path # the run
-)->list[Path]:   # oldest first
-    "All checkpoints of a run, sorted by pictures seen"
-    folders = (Path(run_dir)/'checkpoints').glob('img-*')
-    return sorted((p for p in folders if p.name[4:].isdigit()), key=lambda p: int(p.name[4:]))
-
-def newest_checkpoint(
-    run_dir:Path,           # the run
-    warn=lambda text: None  # told about damaged ones
-):                          # Path, or None
-    "The newest checkpoint whose checksums are right"
-    for folder in reversed(checkpoint_folders(run_dir)):
-        if is_valid(folder): return folder
-        warn(f'{folder.name} is damaged and is skipped')
-
-# %% ../nbs/04_train_deepspeed.ipynb #cdb9faf7
-def load_checkpoint(
-    folder:Path, # a checkpoint
-    engine,      # where weights and moments go
-    ema:dict     # averaged parameters by name, changed in place
-)->dict:         # the counters
-    "Put a checkpoint back where it came from"
-    read = lambda name: safetensors_torch.load_file(folder/f'{name}.safetensors')
-    engine.restore(read('unet'), read('optimizer'))
-    for k, v in read('ema').items(): ema[k].copy_(v)
-    return json.loads((folder/'state.json').read_text())
-
 # %% ../nbs/04_train_deepspeed.ipynb #304dd915
-MAY_CHANGE = {f'train.{k}' for k in ('max_minutes', 'patience', 'checkpoint_images', 'checkpoint_minutes',
-                                     'keep_checkpoints', 'micro_batch', 'zero_stage', 'gradient_checkpointing',
+MAY_CHANGE = {f'train.{k}' for k in ('max_minutes', 'max_dollars', 'dollars_per_hour', 'patience', 'checkpoint_images',
+                                     'checkpoint_minutes', 'keep_checkpoints', 'micro_batch', 'zero_stage', 'gradient_checkpointing',
                                      'device', 'track')}
 
 def open_run(
@@ -451,17 +359,6 @@ def check_pictures(
     if data.fingerprint:
         Path(f'{file}.tmp').write_text(json.dumps(now)); os.replace(f'{file}.tmp', file)
 
-# %% ../nbs/04_train_deepspeed.ipynb #5f816371
-def rewind_metrics(
-    run_dir:Path,   # the run
-    images_seen:int # keep lines up to here
-):
-    "Drop the lines that a killed run wrote after its last checkpoint"
-    kept = [r for r in read_metrics(run_dir) if r['images_seen'] <= images_seen]
-    tmp = Path(run_dir)/'metrics.jsonl.tmp'
-    tmp.write_text(''.join(json.dumps(r) + '\n' for r in kept))
-    os.replace(tmp, Path(run_dir)/'metrics.jsonl')
-
 # %% ../nbs/04_train_deepspeed.ipynb #127ff158
 @dataclass
 class TrainState:
@@ -470,12 +367,14 @@ class TrainState:
     usual_loss:float = 0.          # moving average of the loss
     skipped:int = 0                # steps that were not taken, because they would have done damage
     skipped_in_a_row:int = 0       # how many of them just now
-    ended:str = ''                 # why the run ended: 'pictures', 'minutes', 'patience', or the name of a signal
+    ended:str = ''                 # why the run ended: one of `ENDS`, or the name of a signal
     loss:float = float('nan')      # mean weighted loss of the last step
     lr:float = 0.                  # learning rate of the last step
     grad_norm:float = 0.           # before clipping
     update_ratio:float = 0.        # how far the last step moved the weights, in proportion; 0 where not measured
     seconds:float = 0.             # training time so far, over all restarts
+    cost:dict = field(default_factory=dict) # the bill so far: seconds, dollars, images_lost, lives
+    bill:float = 0.                # dollars that the run will have cost if it ends after this step
     images_per_second:float = 0.   # over the last logging interval
     validation_bins:tuple = ()     # last validation loss per time bin
     best_loss:float = 0.           # least validation loss so far
@@ -589,15 +488,16 @@ def stop_signals():
 
 # %% ../nbs/04_train_deepspeed.ipynb #c66c1c79
 def end_of(
-    cfg:TrainConfig, # n_images, max_minutes and patience
+    cfg:TrainConfig, # n_images, max_minutes, max_dollars and patience
     state:TrainState # how far it is
 )->str:              # one of `ENDS`, or '' to go on
     "Is the run over?"
     if state.images_seen >= cfg.n_images: return 'pictures'
     if cfg.max_minutes and state.seconds >= 60*cfg.max_minutes: return 'minutes'
+    if cfg.max_dollars and state.bill >= cfg.max_dollars: return 'dollars'
     return 'patience' if cfg.patience and state.worse >= cfg.patience else ''
 
-ENDS = ('pictures', 'minutes', 'patience') # after these a run is validated and exported; a signal only saves it
+ENDS = ('pictures', 'minutes', 'dollars', 'patience') # after these a run is validated and exported; a signal only saves it
 
 # %% ../nbs/04_train_deepspeed.ipynb #3ebf296c
 def note_validation(
@@ -611,16 +511,6 @@ def note_validation(
     else: state.worse += 1
     return better
 
-def drop_old_checkpoints(
-    run_dir:Path, # the run
-    keep:int,     # so many of the newest stay
-    best_at:int   # and the one with so many pictures seen
-):
-    "Delete what is neither new nor best"
-    best = f'img-{best_at:08d}'
-    for old in checkpoint_folders(run_dir)[:-keep]:
-        if old.name != best: shutil.rmtree(old)
-
 def best_average(
     run_dir:Path,    # the run
     state:TrainState # its last state
@@ -629,40 +519,6 @@ def best_average(
     folder = Path(run_dir)/'checkpoints'/f'img-{state.best_at:08d}'
     if state.best_at in (0, state.images_seen) or not is_valid(folder): return state.ema
     return safetensors_torch.load_file(folder/'ema.safetensors')
-
-# %% ../nbs/04_train_deepspeed.ipynb #9dfae5b9
-WEIGHTS = ('pipeline/unet/diffusion_pytorch_model.safetensors', 'unet/diffusion_pytorch_model.safetensors',
-           'diffusion_pytorch_model.safetensors', 'ema.safetensors')
-
-def find_weights(
-    path:str # a run, a checkpoint, a diffusers folder, or a file
-)->Path:     # safetensors file
-    "The UNet's weights in a folder"
-    path = Path(path)
-    if path.is_file(): return path
-    for name in WEIGHTS:
-        if (path/name).is_file(): return path/name
-    newest = newest_checkpoint(path)
-    if newest: return newest/'ema.safetensors'
-    raise InputError(f"train.init_from {path} holds no UNet; name a run, a checkpoint or a diffusers folder")
-
-# %% ../nbs/04_train_deepspeed.ipynb #37e93d96
-def warm_start(
-    unet,                   # changed in place
-    path:str,               # as for `find_weights`
-    log=lambda text: None   # told what was taken, and what was not
-):
-    "Begin with weights that were trained before"
-    try: there = safetensors_torch.load_file(find_weights(path))
-    except SafetensorError: raise InputError(f"train.init_from {path} is no safetensors file; use another") from None
-    ours = dict(unet.named_parameters())
-    fit = [k for k, p in ours.items() if k in there and there[k].shape == p.shape]
-    if not fit: raise InputError(f"no tensor of {path} fits this UNet; use the recipe's unet that it was trained with")
-    with torch.no_grad():
-        for k in fit: ours[k].copy_(there[k])
-    rest = sorted({*ours, *there} - {*fit})
-    names = f"; not {', '.join(rest[:3])}" + (f' and {len(rest) - 3} more' if len(rest) > 3 else '') if rest else ''
-    log(f'begins with {len(fit)} of {len(ours)} tensors of {path}{names}')
 
 # %% ../nbs/04_train_deepspeed.ipynb #a4cf4f16
 def averaged(
@@ -682,7 +538,7 @@ def counters(
 )->dict:              # what a checkpoint has to remember besides tensors
     "The numbers of a state"
     return {k: getattr(state, k) for k in ('images_seen', 'step', 'seconds', 'usual_loss', 'skipped',
-                                           'skipped_in_a_row', 'best_loss', 'best_at', 'worse')} | dict(
+                                           'skipped_in_a_row', 'best_loss', 'best_at', 'worse', 'cost')} | dict(
         loss_scale=engine.loss_scale.scale, good_steps=engine.loss_scale.good)
 
 # %% ../nbs/04_train_deepspeed.ipynb #1d9a4b3d
@@ -701,6 +557,7 @@ class Trainer:
     metrics:object=None    # open metrics.jsonl
     micro:TrainConfig=None # the recipe's, with the micro-batch that fits
     saved:float=0.         # training seconds at the last checkpoint
+    ledger:Ledger=None     # the bill; rank 0's alone
     attainable:float=0.    # pictures a second that the arithmetic alone would allow; 0 where it was not measured
 
 # %% ../nbs/04_train_deepspeed.ipynb #d558df6c
@@ -785,6 +642,18 @@ def late(self:Trainer)->bool: # the same on every rank
     if not minutes: return False
     return bool(self.engine.ranks.agree('late'*(self.state.seconds - self.saved >= 60*minutes), ('late',)))
 
+# %% ../nbs/04_train_deepspeed.ipynb #6fe0b597
+@patch
+def note_cost(self:Trainer,
+    closing:float=0., # seconds from a step to the next
+    now:bool=False    # write `cost.json`, however short the time since the last?
+):
+    "Keep the bill"
+    if not self.engine.ranks.leads: return # who hears of its end from rank 0
+    self.ledger.life['closing'] = max(closing, self.ledger.life['closing'])
+    self.state.cost, life = self.ledger.note(self.state.images_seen, now), self.ledger.life
+    self.state.bill = self.state.cost['dollars'] + 2*life['closing']*life['dollars_per_hour']/3600
+
 # %% ../nbs/04_train_deepspeed.ipynb #52ef7c9a
 @patch
 def run(self:Trainer): # yields the state after every step
@@ -793,20 +662,24 @@ def run(self:Trainer): # yields the state after every step
     crossed = lambda every: every and (before + t.global_batch)//every > before//every
     due = lambda every: crossed(every) or every and state.ended in ENDS
     start, mark, logged = time.perf_counter() - state.seconds, time.perf_counter(), state.images_seen
+    self.note_cost()
     self.micro, self.saved, state.ended = t, state.seconds, self.over()
     if state.ended: yield state # nothing left to do, but the weights are wanted
     while not state.ended:
         before = state.images_seen
         self.step(measure=crossed(t.log_images))
         state.seconds = time.perf_counter() - start
+        self.note_cost()
         state.ended = self.over()
         if due(t.log_images):
             now = time.perf_counter()
             self.note_step(state.images_seen - logged, now - mark)
             mark, logged = now, state.images_seen
+        pause = time.perf_counter()
         best = due(t.validation_images) and self.validate()
         state.ended = state.ended or self.over() # by patience
         if due(t.checkpoint_images) or best or self.late() or state.ended: self.save()
+        self.note_cost(closing=time.perf_counter() - pause, now=state.ended)
         if state.ended: ranks.wait() # for the last checkpoint
         yield state
 
@@ -895,6 +768,7 @@ def make_trainer(
     trainer = Trainer(cfg, run_dir, state, make_engine(t, unet, dtype, ranks, log), Objective(cfg.objective), data,
                       held, log=log)
     resume(trainer, folder)
+    if ranks.leads: trainer.ledger = open_ledger(run_dir, t.dollars_per_hour, state.images_seen, state.cost)
     return trainer
 
 # %% ../nbs/04_train_deepspeed.ipynb #691b2434

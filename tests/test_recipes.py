@@ -4,7 +4,8 @@ import pytest
 import layouts
 from t2i_nb.cli import main
 from t2i_nb.core import load_config
-from t2i_nb.train import RunConfig, read_metrics
+from t2i_nb.tracking import read_metrics
+from t2i_nb.train import RunConfig
 
 SMALL = ['unet.width=16', 'unet.overrides={}', 'unet.attention_size=4', 'unet.layers_per_block=1', 'train.n_images=8', 'train.global_batch=4',
          'train.micro_batch=2', 'train.log_images=4', 'train.validation_images=8', 'train.checkpoint_images=8', 'train.warmup_images=4',

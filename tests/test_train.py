@@ -2,7 +2,8 @@
 import json, os, random, shutil, signal, socket, subprocess, sys, time
 from importlib.util import find_spec
 import pytest
-from t2i_nb.train import checkpoint_folders, newest_checkpoint, read_metrics
+from t2i_nb.checkpoint import checkpoint_folders, cost_summary, newest_checkpoint, read_cost
+from t2i_nb.tracking import read_metrics
 
 SMALL = ['data.n_images=64', 'data.size=64', 'unet.width=16', 'unet.attention_size=8', 'unet.overrides={"block_out_channels": [8, 16]}',
          'train.n_images=320', 'train.global_batch=8', 'train.micro_batch=0', 'train.warmup_images=80', 'train.log_images=8',
@@ -114,7 +115,7 @@ def what_is_left(run):
     "Everything that must not depend on interruptions: the files of the newest checkpoint, and the trace"
     folder = newest_checkpoint(run)
     files = {p.name: p.read_bytes() for p in folder.glob('*.safetensors')}
-    numbers = {k: v for k, v in json.loads((folder/'state.json').read_text()).items() if k != 'seconds'}
+    numbers = {k: v for k, v in json.loads((folder/'state.json').read_text()).items() if k not in ('seconds', 'cost')}
     trace = [{k: v for k, v in r.items() if k not in ('seconds', 'images_per_second')} for r in read_metrics(run)]
     return folder.name, files, numbers, trace
 
@@ -209,6 +210,20 @@ def test_a_budget_in_minutes(tmp_path):
     assert 3 <= max(r.get('seconds', 0) for r in rows) < 30 and 'validation_loss' in rows[-1]
     assert newest_checkpoint(tmp_path).name == f"img-{rows[-1]['images_seen']:08d}" and len(checkpoint_folders(tmp_path)) in (2, 3) # two and the best
     assert main(['sample', str(tmp_path), 'a red flower', '--out', str(tmp_path/'a.png'), '--num-inference-steps', '2']) == 0
+
+@posix
+def test_a_budget_in_dollars(nursery, tmp_path):
+    "All lives are paid from one budget, what a kill cost is in the bill, and the run ends in time with a whole checkpoint"
+    dear = [*SMALL, 'train.n_images=800000', 'train.checkpoint_images=80', 'train.validation_images=80', 'train.max_dollars=60', 'train.dollars_per_hour=36000']
+    end = end_after(tmp_path, 25, signal.SIGKILL)
+    assert nursery.train(tmp_path, dear, end)[1] == -signal.SIGKILL
+    spent = cost_summary(tmp_path)
+    assert 0 < spent['dollars'] < 60 and spent['lives'] == 1
+    assert nursery.train(tmp_path, dear)[0] == dict(ended='dollars')
+    bill, newest = cost_summary(tmp_path), newest_checkpoint(tmp_path)
+    assert bill['dollars'] > spent['dollars'] and bill['lives'] == 2 and 0 <= bill['images_lost'] <= 8*25 + 80
+    assert newest.name == f"img-{bill['images']:08d}" and json.loads((newest/'state.json').read_text())['cost']['lives'] == 2
+    assert [life['images_from'] % 80 for life in read_cost(tmp_path)['lives']] == [0, 0]
 
 @posix
 def test_patience(nursery, tmp_path):
