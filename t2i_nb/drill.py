@@ -182,7 +182,7 @@ class Interruption:
     moment:str           # one of `MOMENTS`; afterwards the one that was met
     images_seen:int=0    # when it came
     kept:int=0           # pictures seen of the newest checkpoint that the bucket has
-    gone_seconds:float=0. # worker: from the signal to the end of the last process
+    gone_seconds:float=0. # worker: from the signal to the end of the last of them
     notice_seconds:float=0. # machine: from the shell's SIGTERM to SIGKILL
     @property
     def lost(self)->int: return max(0, self.images_seen - self.kept)
@@ -422,13 +422,15 @@ def interrupt(self:Stage,
     "End a life, and note what of it is left"
     run_dir, shells, start = machines[0].run_dir, [m.process.pid for m in machines], time.monotonic()
     if i.kind == 'worker':
-        pids = below(shells, living())
-        send(pids[-1:], signal.SIGTERM) # the youngest process: the script on the last machine
-        while below(pids[len(shells):], living()):
+        table = living()
+        workers = [p for p in below(shells, table) if p not in shells and table[p] not in shells] # not torchrun itself
+        send(workers[-1:], signal.SIGTERM) # on the last machine
+        while below(workers, living()) or any(m.process.poll() is None for m in machines):
+            if not i.gone_seconds and not below(workers, living()): i.gone_seconds = time.monotonic() - start
             if time.monotonic() > start + self.deadline:
                 raise RuntimeError(self.trouble(machines, 'did not end on SIGTERM'))
             time.sleep(.005)
-        i.gone_seconds = time.monotonic() - start
+        i.gone_seconds = i.gone_seconds or time.monotonic() - start
         self.bucket.upload(run_dir, still=True)
     else:
         pids, newest = freeze(shells), newest_name(run_dir)
@@ -546,6 +548,7 @@ def drill(
     nodes=2,              # machines, or a list with those of each life
     steps:int=8,          # between two checkpoints
     price:float=0.,       # dollars for an hour of one machine
+    start_minutes:float=0., # that renting it takes before the script starts, billed
     deadline:float=300.,  # seconds without progress after which the drill has failed
     log=lambda text: None # told, in a sentence, of every life
 )->dict:                  # the report
@@ -557,7 +560,7 @@ def drill(
     log(f'{cfg.train.n_images} pictures, a checkpoint every {interval}; first undisturbed, then interrupted')
     whole = run_lives(Stage(source, folder/'whole', interval, deadline), nodes[:1], [], log)
     run = run_lives(Stage(source, folder/'run', interval, deadline), nodes, planned, log)
-    return report(cfg, whole, run, planned[:len(run['lives']) - 1], folder, price)
+    return report(cfg, whole, run, planned[:len(run['lives']) - 1], folder, price, start_minutes)
 
 # %% ../nbs/05c_drill.ipynb #dd288588
 def report(
@@ -566,11 +569,13 @@ def report(
     run:dict,        # from `outcome`, interrupted
     met:list,        # of Interruption
     folder:Path,     # of the drill, with `source`, `whole` and `run`
-    price:float=0.   # dollars for an hour of one machine
+    price:float=0.,  # dollars for an hour of one machine
+    start_minutes:float=0. # that renting it takes before the script starts, billed
 )->dict:
     "What a drill showed"
     total = lambda weight: [round(sum(weight(o) for o in r['lives']), 4) for r in (whole, run)]
-    seconds, hours = total(lambda o: o.seconds), total(lambda o: o.nodes*o.seconds/3600)
+    seconds = total(lambda o: o.seconds)
+    dollars = total(lambda o: price*o.nodes*(o.seconds + 60*start_minutes)/3600)
     (ours, libraries), (theirs, _) = draws(folder/'run'), draws(folder/'whole')
     differences = [abs(run['losses'].get(k, float('inf')) - v)/abs(v) for k, v in whole['losses'].items()]
     return dict(zero_stage=cfg.train.zero_stage, n_images=cfg.train.n_images, interval=cfg.train.checkpoint_images,
@@ -579,7 +584,8 @@ def report(
         equal={k: run['parts'][k] == v for k, v in whole['parts'].items()}, loss_difference=max(differences),
         same_draws=ours == theirs and len(ours) == cfg.train.n_images, most_lost=max([i.lost for i in met], default=0),
         lost=sum(i.lost for i in met), gone_seconds=max([i.gone_seconds for i in met], default=0.), seconds=seconds,
-        overhead=seconds[1]/seconds[0] - 1, dollars=[round(h*price, 6) for h in hours],
+        overhead=seconds[1]/seconds[0] - 1, dollars=dollars, price=price,
+        start_minutes=start_minutes,
         staged=libraries == {str((folder/'source'/'t2i_nb').resolve())}, secrets=secrets_in(folder))
 
 # %% ../nbs/05c_drill.ipynb #b08e643b
@@ -614,9 +620,10 @@ def timeline(
     equal = ', '.join(k for k, same in report['equal'].items() if same) or 'nothing'
     draws = 'every draw the same' if report['same_draws'] else 'draws that differ'
     (alone, both), (cheap, dear) = report['seconds'], report['dollars']
-    money = f', {dear:.4f} instead of {cheap:.4f} dollars' if dear else ''
+    money = [f"machines for {report['price']:.3f} dollars an hour, each rented in {report['start_minutes']:g} minutes: "
+             f'{dear:.3f} instead of {cheap:.3f} dollars']*bool(dear)
     return lines + [f"lost {report['lost']} pictures of {report['n_images']}, at most {report['most_lost']} at once; "
                     f"a checkpoint every {report['interval']}",
-                    f'{both:.0f} seconds instead of {alone:.0f}{money}: overhead {report["overhead"]:.0%}',
+                    f'{both:.0f} seconds instead of {alone:.0f}: overhead {report["overhead"]:.0%}', *money,
                     f"to the last bit as undisturbed: {equal}; {draws}, losses within {report['loss_difference']:.1e}",
                     f"secrets found in what was left behind: {len(report['secrets'])}"]

@@ -35,11 +35,11 @@ def test_every_interruption(tmp_path, monkeypatch):
     assert [life['images_from'] for life in cost['lives']][-1] == r['lives'][-1]['begins']
 
 def test_another_number_of_machines(tmp_path):
-    "Two machines, one, two: the same draws in the same order, and losses that differ by the order of summation"
+    "Two machines, then one: the same draws in the same order, and losses that differ by the order of summation"
     from t2i_nb.drill import drill, timeline
-    r = drill(small(), tmp_path/'drill', interruptions=2, nodes=[2, 1, 2], deadline=600)
+    r = drill(small('train.zero_stage=0'), tmp_path/'drill', interruptions=1, nodes=[2, 1], deadline=600)
     told = '\n'.join(timeline(r))
-    assert [o['nodes'] for o in r['lives']] == [2, 1, 2] and r['same_draws'] and r['loss_difference'] < 1e-5, told
+    assert [o['nodes'] for o in r['lives']] == [2, 1] and r['same_draws'] and r['loss_difference'] < 1e-5, told
 
 LONE = '''
 import os, sys
