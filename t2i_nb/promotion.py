@@ -657,8 +657,8 @@ def decide(
     log               # told what happens
 )->dict:              # `decision`, `reason` and the scores, for tags
     "Examine candidate and champion; nothing is written"
-    if rival: check_comparable(exam, model, rival)
     log(f'{model.name}: {exam.metric} on {exam.n} pictures')
+    if rival: check_comparable(exam, model, rival)
     check_draws(model)
     ours, verdict = exam.scores(model), None
     tags = dict(zip(('mean', 'std_error'), mean_error(ours))) | dict(metric=exam.metric, n=len(ours))
