@@ -17,6 +17,7 @@ from fastcore.script import call_parse
 from .checkpoint import checkpoint_folders, is_valid, newest_checkpoint
 from .core import InputError, lazy, load_config
 from .engine import Ranks, join_ranks, this_rank
+from .sagemaker_launch import fetch_secrets
 from .sources import KNOWN_SETS
 from .train import RunConfig, check_run
 
@@ -171,7 +172,9 @@ def main(
     from t2i_nb.cli import Stopped, tell
     place, path = container(), Path(config)
     if not path.is_file(): path = Path(sys.argv[0]).parent/config
-    try: run_job(path, place)
+    try:
+        fetch_secrets() # of trackers, where the launch named some
+        run_job(path, place)
     except Stopped as e:
         tell(str(e))
         sys.exit(143)

@@ -450,7 +450,7 @@ def make_plan(
         limits=limits(how, estimate),
         tags=dict(Project='t2i_nb', Experiment=how.experiment, Run=name.split('/')[-1], Version=t2i_nb.__version__))
 
-# %% ../nbs/05_sagemaker_launch.ipynb #0d004659
+# %% ../nbs/05_sagemaker_launch.ipynb #f3b51762
 NO_KEYS = ("there are no AWS credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
            "or run aws configure")
 
@@ -463,7 +463,7 @@ def aws_errors(
     from botocore import exceptions as e
     try: yield
     except (e.NoCredentialsError, e.PartialCredentialsError): raise InputError(NO_KEYS) from None
-    except e.HTTPClientError as x:
+    except (e.ConnectionError, e.HTTPClientError) as x:
         raise InputError(f"AWS cannot be reached to {doing} ({type(x).__name__}); check the network and the "
                          "region") from None
     except e.ClientError as x: raise InputError(refusal(x.response.get('Error', {}), doing)) from None

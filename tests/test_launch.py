@@ -1,0 +1,296 @@
+"A launch against a server that answers as AWS does, and the uploaded archive trained without the library installed. Nothing leaves this machine."
+import contextlib, hashlib, io, json, os, shutil, subprocess, sys, tarfile, time
+from pathlib import Path
+import pytest
+import yaml
+from PIL import Image
+from servers import MotoServer
+from t2i_nb import sagemaker_launch as L
+from t2i_nb.cli import main
+from t2i_nb.core import InputError, apply_overrides, find_recipe, load_config
+from t2i_nb.train import RunConfig
+
+boto3 = pytest.importorskip('boto3')
+pytest.importorskip('sagemaker')
+BUCKET = 'our-flowers'
+ROLE = 'arn:aws:iam::123456789012:role/trainer'
+FAKES = {name: 'fake-' + hashlib.sha256(name.encode()).hexdigest()[:20] for name in # never a string that looks like a real key
+         ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'AWS_SESSION_TOKEN', 'WANDB_API_KEY', 'HF_TOKEN', 'MLFLOW_TRACKING_PASSWORD')}
+TINY = ['vae.name=tiny', 'text.encoder=tiny', 'text.max_length=0', 'data.size=64', 'data.validation_fraction=0.25', 'unet.width=32',
+        'unet.levels=2', 'unet.layers_per_block=1', 'unet.attention_size=8', 'train.n_images=8', 'train.global_batch=4', 'train.micro_batch=2',
+        'train.zero_stage=0', 'train.warmup_images=0', 'train.log_images=4', 'train.validation_images=8', 'train.checkpoint_images=4',
+        'train.device=cpu', 'train.precision=float32', 'sample.num_inference_steps=2', 'sample.n_images=1', 'sample.sampler=ddim']
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+    server = MotoServer(tmp_path_factory.mktemp('moto')/'server')
+    try: yield server.start()
+    finally: server.kill()
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('photos')
+    for i in range(12):
+        Image.new('RGB', (64, 64), (20*i, 255 - 20*i, 90)).save(folder/f'{i:02}.png')
+        (folder/f'{i:02}.txt').write_text(f'a flower number {i}')
+    return folder
+
+@pytest.fixture(scope='module')
+def library(tmp_path_factory, project):
+    "A checkout that nobody edits while the tests run"
+    folder = tmp_path_factory.mktemp('checkout')
+    for name in ('t2i_nb', 'sagemaker_src'): shutil.copytree(project/name, folder/name, ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('settings.ini', 'constraints.txt'): shutil.copyfile(project/name, folder/name)
+    return folder/'t2i_nb'
+
+@pytest.fixture
+def aws(server, library, tmp_path, monkeypatch):
+    "An account with a role and a bucket, secrets in the environment, and an empty working folder"
+    for k in [k for k in os.environ if k.startswith(('AWS_', 'MLFLOW_', 'WANDB_', 'T2I_'))]: monkeypatch.delenv(k)
+    for k, v in (server.settings() | FAKES | dict(SAGEMAKER_VALIDATE_ROLE='false', IN_TEST='1', T2I_CALIBRATION=str(tmp_path/'none'),
+                 AWS_CONFIG_FILE='/dev/null', AWS_SHARED_CREDENTIALS_FILE='/dev/null')).items(): monkeypatch.setenv(k, v)
+    monkeypatch.setattr(L, 'package_dir', lambda: library)
+    (tmp_path/'here').mkdir(); monkeypatch.chdir(tmp_path/'here')
+    s3, iam = boto3.client('s3'), boto3.client('iam')
+    if not [b for b in s3.list_buckets()['Buckets'] if b['Name'] == BUCKET]:
+        s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration=dict(LocationConstraint='eu-west-1'))
+        iam.create_role(RoleName='trainer', AssumeRolePolicyDocument='{}')
+    return s3
+
+def words(photos, *more, experiment='flowers'):
+    return ['launch', 'flowers128', '--set', *TINY, f'data.source={photos}', '--role', ROLE, '--bucket', BUCKET, '--region', 'eu-west-1',
+            '--experiment', experiment, '--nodes', '2', *more]
+
+def t2i(capsys, *argv):
+    code = main(list(argv))
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+def objects(s3): return {o['Key']: o['ETag'] for o in s3.list_objects_v2(Bucket=BUCKET).get('Contents', [])}
+
+def jobs(): return sorted(j['TrainingJobName'] for j in boto3.client('sagemaker').list_training_jobs()['TrainingJobSummaries'])
+
+def content(s3, key): return s3.get_object(Bucket=BUCKET, Key=key)['Body'].read()
+
+def under(s3, uri): # what SageMaker would put into a channel: name -> key
+    prefix = uri.removeprefix(f's3://{BUCKET}/')
+    return {os.path.basename(k) if k == prefix else k[len(prefix):].lstrip('/'): k for k in objects(s3) if k.startswith(prefix)}
+
+def test_a_launch_is_its_dry_run_and_sends_everything_once(aws, photos, capsys):
+    code, said, _ = t2i(capsys, *words(photos, '--dry-run'))
+    assert code == 0 and not jobs()
+    dry = yaml.safe_load(said)['request']
+    code, said, told = t2i(capsys, *words(photos, '--detach'))
+    assert code == 0, told
+    launched = json.loads(Path('launch.json').read_text())
+    real = launched['request']
+    assert {k for k in {*dry, *real} if dry.get(k) != real.get(k)} == {'TrainingJobName'} # it holds the second of the launch
+    assert real['TrainingJobName'].startswith('t2i-flowers-') and launched['job'] in said and jobs() == [launched['job']]
+    job = boto3.client('sagemaker').describe_training_job(TrainingJobName=launched['job'])
+    for k in ('HyperParameters', 'ResourceConfig', 'StoppingCondition', 'OutputDataConfig', 'InputDataConfig', 'RoleArn', 'CheckpointConfig',
+              'EnableManagedSpotTraining'): assert job[k] == real[k], k
+    same = lambda d: {k: v for k, v in d['AlgorithmSpecification'].items() if k != 'MetricDefinitions'} # moto makes up its own
+    assert same(job) == same(real)
+    there = objects(aws)
+    assert all(any(key.startswith(c['DataSource']['S3DataSource']['S3Uri'].removeprefix(f's3://{BUCKET}/')) for key in there)
+               for c in real['InputDataConfig'])
+    assert len(under(aws, real['InputDataConfig'][0]['DataSource']['S3DataSource']['S3Uri'])) == 24
+    checkpoints = real['CheckpointConfig']['S3Uri'].removeprefix(f's3://{BUCKET}/')
+    for n in (4, 20): aws.put_object(Bucket=BUCKET, Key=f'{checkpoints}/checkpoints/img-{n:08}/manifest.json', Body=b'{}')
+    there = objects(aws)
+    time.sleep(1.1) # a job's name holds the second
+    code, _, told = t2i(capsys, *words(photos, '--detach'))
+    again = json.loads(Path('launch.json').read_text())
+    assert code == 0 and objects(aws) == there and again['sent'] == dict(files=0, bytes=0)
+    assert again['goes_on_from'] == 'img-00000020' and 'goes on from img-00000020' in told and len(jobs()) == 2
+    code, said, _ = t2i(capsys, *words(photos, '--dry-run', '--nodes', '1')) # another number of machines is the same run
+    other = yaml.safe_load(said)['request']
+    assert [(r['CheckpointConfig'], channels(r)['training']) for r in (other, again['request'])] == 2*[(real['CheckpointConfig'],
+                                                                                                      channels(real)['training'])]
+
+def test_an_interrupted_upload_sends_what_is_missing(aws, photos, monkeypatch):
+    parcel, sent = L.Parcel('training', L.folder_files(photos) | {'one more': b'x'*1000}), []
+    class Flaky: # a connection that is cut after seven files
+        def __getattr__(self, name): return getattr(aws, name)
+        def upload_fileobj(self, f, bucket, key, **more):
+            if len(sent) == 7: raise KeyboardInterrupt
+            sent.append(key); aws.upload_fileobj(f, bucket, key, **more)
+    with pytest.raises(KeyboardInterrupt): L.send(Flaky(), BUCKET, parcel)
+    assert L.send(aws, BUCKET, parcel)['files'] == 25 - 7 and L.send(aws, BUCKET, parcel) == dict(files=0, bytes=0)
+    assert {k: content(aws, k) for k in under(aws, f's3://{BUCKET}/{parcel.prefix}').values()} == {
+        f'{parcel.prefix}/{n}': f if isinstance(f, bytes) else f.read_bytes() for n, f in parcel.files.items()}
+
+def test_wrong_inputs_are_one_sentence_and_leave_nothing(aws, photos, capsys, monkeypatch):
+    "With the bucket, the jobs and the disk compared before and after"
+    ok = words(photos, '--detach')
+    changed = lambda option, value: [*ok[:ok.index(option) + 1], value, *ok[ok.index(option) + 2:]]
+    before = objects(aws), jobs(), boto3.client('s3').list_buckets()['Buckets'], sorted(Path('.').rglob('*'))
+    def refused(argv, expected, **env):
+        with monkeypatch.context() as m:
+            for k, v in env.items(): m.setenv(k, v) if v else m.delenv(k, raising=False)
+            code, out, err = t2i(capsys, *argv)
+        assert code == 2 and expected in err and err.count('\n') == err.count('t2i: ') and not out, (argv[-4:], code, err)
+        sentence = err.splitlines()[-1]
+        assert 'Traceback' not in err and not any(v in err for v in FAKES.values()), sentence
+    refused(changed('--role', 'nobody'), "there is no role 'nobody' in account 123456789012")
+    refused(changed('--role', ROLE.replace('123456789012', '210987654321')), 'the role is')
+    refused(changed('--role', ''), 'no role is named')
+    refused(changed('--bucket', 'a-bucket-that-is-not'), "there is no bucket 'a-bucket-that-is-not'")
+    refused(changed('--bucket', 's3://x'), "bucket 's3://x' is no name of a bucket")
+    refused(changed('--region', 'eu-west-9'), "there is no SageMaker in the region 'eu-west-9'")
+    refused([*ok, '--instance-type', 'ml.g4dn.huge'], "there is no instance type 'ml.g4dn.huge'")
+    refused([*ok, '--nodes', '0'], 'nodes is 0')
+    refused([*ok, '--max-hours', '2', '--max-wait-hours', '1'], 'max_wait_hours 1.0 is less than max_hours 2.0')
+    refused([*ok, '--budget', '0.01'], 'is spent before training begins')
+    refused([*ok, '--secret', 'hunter2'], 'names no secret')
+    refused([*ok, '--cache', 'nowhere'], 'there is no folder nowhere')
+    refused([*ok, '--out', 'nowhere/launch.json'], '--out nowhere/launch.json cannot be written')
+    refused([*ok, '--set', 'data.source=nowhere'], "there is no data source 'nowhere'")
+    refused([*ok, '--set', 'train.micro_batch=3'], 'is not a multiple of')
+    refused([*ok, '--set', 'train.track=mlflow'], 'holds a password', MLFLOW_TRACKING_URI='http://me:' + 'word@mlflow.example.org')
+    refused(ok, 'there are no AWS credentials', **{k: '' for k in FAKES if k.startswith('AWS')})
+    refused(ok, 'AWS cannot be reached to ask who they are', AWS_ENDPOINT_URL='http://127.0.0.1:9') # a port where nobody listens
+    refused(['launch', '--attach', 'no-such-job'], "AWS could not find the training job 'no-such-job'")
+    refused(['launch'], 'name one recipe')
+    monkeypatch.setattr(L, 'package_dir', lambda: Path('/')/'site-packages'/'t2i_nb')
+    refused(ok, 'a launch sends files of the project')
+    assert before == (objects(aws), jobs(), boto3.client('s3').list_buckets()['Buckets'], sorted(Path('.').rglob('*')))
+
+def test_no_capacity_and_no_quota_say_what_to_do(aws, photos, capsys, monkeypatch):
+    from botocore.exceptions import ClientError
+    def refuse(code, message):
+        def create(*_, **__): raise ClientError(dict(Error=dict(Code=code, Message=message)), 'CreateTrainingJob')
+        monkeypatch.setattr('sagemaker.core.resources.TrainingJob.create', create)
+        return t2i(capsys, *words(photos, '--detach', experiment='refused'))
+    before = jobs()
+    real = L.make_request # only the one that is sent is refused
+    monkeypatch.setattr(L, 'make_request', lambda *a: real(*a) if not a[3] else dict(TrainingJobName='none'))
+    code, _, err = refuse('CapacityError', 'Unable to provision requested ML compute capacity')
+    assert code == 2 and 'AWS has no ml.g4dn.xlarge to give now; the next in price is ml.g4dn.2xlarge' in err
+    code, _, err = refuse('ResourceLimitExceeded', "The account-level service limit 'ml.g4dn.xlarge for spot training' is 0")
+    assert code == 2 and "quota does not allow it" in err and jobs() == before and not Path('launch.json').exists()
+
+def test_a_job_is_followed_through_its_log(aws, photos, capsys):
+    code, said, err = t2i(capsys, *words(photos, '--detach', experiment='followed'))
+    assert code == 0, err
+    job, logs = json.loads(Path('launch.json').read_text())['job'], boto3.client('logs')
+    with contextlib.suppress(logs.exceptions.ResourceAlreadyExistsException): logs.create_log_group(logGroupName='/aws/sagemaker/TrainingJobs')
+    stream, line = f'{job}/algo-1-1', 't2i metrics images_seen={} loss=0.{} lr=1.000e-04 images_per_second=51.20 seconds=4.0'
+    logs.create_log_stream(logGroupName='/aws/sagemaker/TrainingJobs', logStreamName=stream)
+    logs.put_log_events(logGroupName='/aws/sagemaker/TrainingJobs', logStreamName=stream, logEvents=[
+        dict(timestamp=int(1000*time.time()) + i, message=line.format(4*i, 9 - i)) for i in range(3)])
+    code, said, told = t2i(capsys, 'launch', '--attach', job, '--region', 'eu-west-1')
+    assert code == 0 and '8 pictures seen, 51.2 images/s, loss 0.7000' in told and 'is done' in said, (said, told)
+
+# -- the archive -------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def bare(tmp_path_factory):
+    "A virtual environment with every package of this one except ours, by links"
+    folder = tmp_path_factory.mktemp('bare')
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', folder], check=True)
+    target = next(folder.glob('lib/python3*/site-packages'))
+    for path in {Path(p) for p in sys.path if p.endswith('site-packages')}:
+        for entry in path.iterdir():
+            if 't2i_nb' not in entry.name and entry.suffix != '.pth' and not (target/entry.name).exists(): (target/entry.name).symlink_to(entry)
+    for name, module in (('torchrun', 'torch.distributed.run'), ('pip3', 'pip')):
+        script(folder/'bin'/name, f'exec "{folder}/bin/python3" -m {module} "$@"')
+    found = subprocess.run([folder/'bin'/'python3', '-c', 'import t2i_nb'], cwd=folder, capture_output=True, text=True, env=clean(folder))
+    assert found.returncode and "No module named 't2i_nb'" in found.stderr, found.stderr # the library is not installed there
+    return folder
+
+def script(path, line):
+    path.write_text(f'#!/bin/bash\n{line}\n'); path.chmod(0o755)
+
+def clean(bare, **more):
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(('AWS_', 'PYTHON', 'T2I_', 'SM_', 'MLFLOW_', 'PIP_')) and k not in FAKES}
+    return keep | dict(PATH=f'{bare}/bin:{os.environ["PATH"]}', PYTHONNOUSERSITE='1', OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', MPLBACKEND='Agg',
+                       PYTHONDONTWRITEBYTECODE='1', PIP_NO_INDEX='1', PIP_CONFIG_FILE='/dev/null', PIP_DISABLE_PIP_VERSION_CHECK='1') | more
+
+LAUNCHED = {}
+
+@pytest.fixture
+def request_of(aws, photos, capsys):
+    "The request of one launch, made once"
+    if not LAUNCHED:
+        code, said, err = t2i(capsys, *words(photos, '--detach', experiment='archive'))
+        assert code == 0, err
+        LAUNCHED['file'] = Path('launch.json').read_text()
+    Path('launch.json').write_text(LAUNCHED['file'])
+    return json.loads(LAUNCHED['file'])['request']
+
+def fetch(s3, channel, folder):
+    folder.mkdir(parents=True)
+    for name, key in under(s3, channel['DataSource']['S3DataSource']['S3Uri']).items():
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        (folder/name).write_bytes(content(s3, key))
+
+def channels(request): return {c['ChannelName']: c for c in request['InputDataConfig']}
+
+def check_model(root, log):
+    assert (root/'model'/'pipeline'/'model_index.json').is_file(), log
+    lines = [L.read_line(line) for line in log.splitlines() if L.read_line(line)]
+    assert [line['images_seen'] for line in lines] == [4, 8], log # two steps, said once: by rank 0
+    assert (root/'checkpoints'/'checkpoints'/'img-00000008').is_dir()
+
+def test_the_archive_trains_where_the_library_is_not_installed(aws, request_of, bare, tmp_path):
+    code, ml = tmp_path/'code', tmp_path/'ml'
+    fetch(aws, channels(request_of)['code'], tmp_path/'got')
+    fetch(aws, channels(request_of)['training'], tmp_path/'photos')
+    with tarfile.open(tmp_path/'got'/'source.tar.gz') as tar: tar.extractall(code, filter='data')
+    ran = subprocess.run([bare/'bin'/'torchrun', '--standalone', '--nproc_per_node', '2', 'train.py', '--config', 'config.yaml'], cwd=code,
+                         capture_output=True, text=True, timeout=600, env=clean(bare, T2I_ML_ROOT=str(ml), SM_CHANNEL_TRAINING=str(tmp_path/'photos')))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    check_model(ml, ran.stdout)
+
+def test_the_sdks_own_drivers_start_it_in_a_private_opt_ml(aws, request_of, bare, tmp_path):
+    "The request's entry point and arguments, its channels as S3 has them, two processes for two pretended GPUs"
+    tried = subprocess.run(['unshare', '-rm', 'bash', '-c', 'mount -t tmpfs tmpfs /opt && mkdir /opt/ml'], capture_output=True, text=True) \
+        if shutil.which('unshare') else None
+    if tried is None or tried.returncode or str(Path(sys.base_prefix).resolve()).startswith('/opt/'):
+        pytest.skip('a private /opt/ml needs mount namespaces, which this machine does not grant')
+    ml = tmp_path/'ml'
+    for name, channel in channels(request_of).items(): fetch(aws, channel, ml/'input'/'data'/name)
+    config = ml/'input'/'config'
+    for folder in (config, ml/'model', ml/'output'/'data', ml/'checkpoints'): folder.mkdir(parents=True)
+    resources = dict(current_host='algo-1', hosts=['algo-1'], current_instance_type='ml.g4dn.xlarge', network_interface_name='lo')
+    (config/'resourceconfig.json').write_text(json.dumps(resources))
+    (config/'inputdataconfig.json').write_text(json.dumps({n: dict(TrainingInputMode=c['InputMode']) for n, c in channels(request_of).items()}))
+    (config/'hyperparameters.json').write_text(json.dumps(request_of['HyperParameters']))
+    script(tmp_path/'nvidia-smi', 'echo "GPU 0: pretended"; echo "GPU 1: pretended"')
+    command = [*request_of['AlgorithmSpecification']['ContainerEntrypoint'], *request_of['AlgorithmSpecification']['ContainerArguments']]
+    env = clean(bare, TRAINING_JOB_NAME=request_of['TrainingJobName'], **request_of['Environment'])
+    env['PATH'] = f'{tmp_path}:{env["PATH"]}'
+    ran = subprocess.run(['unshare', '-rm', 'bash', '-c', f'mount -t tmpfs tmpfs /opt && mkdir /opt/ml && mount --bind "{ml}" /opt/ml && "$@"',
+                          'container', *command], cwd='/', capture_output=True, text=True, timeout=600, env=env)
+    log = ran.stdout + ran.stderr
+    assert ran.returncode == 0, log
+    assert 'Running Torchrun Driver' in log and '--nproc_per_node=2' in log and 'already satisfied: diffusers' in log
+    assert not any(line.split()[3].startswith('torch==') for line in log.splitlines() if line.startswith('Requirement already')) # none was asked for
+    check_model(ml, ran.stdout)
+
+def test_no_secret_is_left_anywhere(aws, request_of, photos, tmp_path):
+    cfg = apply_overrides(load_config(find_recipe('flowers128'), RunConfig), [*TINY, f'data.source={photos}', 'train.track=mlflow'])
+    L.stage_source(cfg, tmp_path/'staged')
+    found = {'launch.json': Path('launch.json').read_bytes(), 'request': json.dumps(request_of).encode()}
+    found |= {f'staged {p}': p.read_bytes() for p in (tmp_path/'staged').rglob('*') if p.is_file()}
+    for key in objects(aws):
+        found[key] = body = content(aws, key)
+        if key.endswith('.tar.gz'):
+            with tarfile.open(fileobj=io.BytesIO(body)) as tar: found |= {f'{key}: {m.name}': tar.extractfile(m).read() for m in tar.getmembers()}
+    client = boto3.client('sagemaker')
+    for job in jobs():
+        described = client.describe_training_job(TrainingJobName=job)
+        found[job] = json.dumps([described, client.list_tags(ResourceArn=described['TrainingJobArn'])['Tags']], default=str).encode()
+    env = L.job_environment(cfg, L.LaunchConfig(secrets=('MLFLOW_TRACKING_PASSWORD=team/mlflow',)), 60)
+    found['environment'] = json.dumps(env).encode()
+    assert len(found) > 150 and 'team/mlflow' in env['T2I_SECRETS']
+    assert [(name, k) for name, body in found.items() for k, v in FAKES.items() if v.encode() in body] == []
+
+def test_the_container_reads_secrets_by_name(aws):
+    value = 'a value that ' + 'only the container sees'
+    boto3.client('secretsmanager').create_secret(Name='team/mlflow', SecretString=value)
+    env = dict(T2I_SECRETS='{"MLFLOW_TRACKING_PASSWORD": "team/mlflow"}')
+    L.fetch_secrets(env)
+    assert env['MLFLOW_TRACKING_PASSWORD'] == value
+    with pytest.raises(InputError, match="read the secret 'team/none'"): L.fetch_secrets(dict(T2I_SECRETS='{"A": "team/none"}'))
