@@ -760,6 +760,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          't2i_nb.sagemaker_launch.sdk_session': ( 'sagemaker_launch.html#sdk_session',
                                                                                   't2i_nb/sagemaker_launch.py'),
                                          't2i_nb.sagemaker_launch.send': ('sagemaker_launch.html#send', 't2i_nb/sagemaker_launch.py'),
+                                         't2i_nb.sagemaker_launch.send_parts': ( 'sagemaker_launch.html#send_parts',
+                                                                                 't2i_nb/sagemaker_launch.py'),
                                          't2i_nb.sagemaker_launch.settle': ('sagemaker_launch.html#settle', 't2i_nb/sagemaker_launch.py'),
                                          't2i_nb.sagemaker_launch.stage_source': ( 'sagemaker_launch.html#stage_source',
                                                                                    't2i_nb/sagemaker_launch.py'),

@@ -109,7 +109,7 @@ def about_data(
     out = [f'Source: `{last_name(d.source)}`']
     if d.source == 'toy_flowers':
         out += [f'{d.n_images:,} training pictures, drawn by the library itself from seed {d.seed}, with captions that '
-                'are true by construction',
+                'are true by construction; the recipe determines every one, so there are no files to fingerprint',
                 'One tenth of the combinations of colour, shape and number of petals was withheld from training']
         return out
     if known: out.append(f"{known['pictures']:,} training pictures; fingerprint of files and captions "
