@@ -295,6 +295,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               't2i_nb.drill.freeze': ('drill.html#freeze', 't2i_nb/drill.py'),
                               't2i_nb.drill.half_written': ('drill.html#half_written', 't2i_nb/drill.py'),
                               't2i_nb.drill.images_of': ('drill.html#images_of', 't2i_nb/drill.py'),
+                              't2i_nb.drill.kill': ('drill.html#kill', 't2i_nb/drill.py'),
                               't2i_nb.drill.living': ('drill.html#living', 't2i_nb/drill.py'),
                               't2i_nb.drill.newest_name': ('drill.html#newest_name', 't2i_nb/drill.py'),
                               't2i_nb.drill.outcome': ('drill.html#outcome', 't2i_nb/drill.py'),

@@ -40,6 +40,7 @@ from .data import DataConfig, check_split, image_to_tensor, open_image
 from .engine import choose_precision, this_rank
 from .evaluation import (Evaluation, evaluate as evaluate_run, open_prompts, save_evaluation,
                                score_prompts, summary, unseen_pictures, vae_report)
+from .model_card import save_model_card
 from .prior import PriorConfig, load_prior, made_for, prior_report, read_prior_config, save_prior, train_prior
 from .provenance import (draw_folder, pipeline_digest, pixel_digest, provenance, read_prompts, read_provenance,
                                recreate as draw_again, save_drawn)
@@ -435,13 +436,14 @@ def leave_pipeline(
     models:Components,  # frozen models
     state:TrainState    # of the training
 ):
-    "Save the best averaged weights in diffusers' layout, and prove that the files say what the network says"
+    "Save the best averaged weights in diffusers' layout, prove that the files say what the network says, and write a card"
     from t2i_nb.sampling import save_pipeline
     if state.best_at not in (0, state.images_seen):
         tell(f"the pipeline has the weights of picture {state.best_at:,}, whose validation loss was least")
     unet = averaged(state.unet, best_average(run_dir, state)).cpu()
     save_pipeline(Path(run_dir)/'pipeline', unet, models, Objective(cfg.objective))
     check_pipeline(Path(run_dir)/'pipeline', unet)
+    save_model_card(run_dir)
 
 # %% ../nbs/09_cli.ipynb #c14c1de5
 def check_pipeline(
@@ -716,8 +718,9 @@ def sample(
     recreate:Path=None             # a PNG that t2i sample wrote: draw it again, and say whether it matches
 )->dict:                           # the file
     "Draw pictures from prompts, each with what drew it in the file"
-    if sum((bool(prompt), prompts is not None, recreate is not None)) > 1:
-        raise InputError('prompts, --prompts and --recreate exclude each other; give one of them')
+    n = sum((bool(prompt), prompts is not None, recreate is not None))
+    if n == 0: raise InputError('there is no prompt; give one or more, or a table with --prompts')
+    if n > 1: raise InputError('prompts, --prompts and --recreate exclude each other; give one of them')
     if recreate is not None: return recreate_picture(recreate, run_dir, start, out)
     folder, how = find_pipeline(run_dir), sampling_settings(run_dir, num_inference_steps, guidance_scale, sampler)
     how |= drawing_options(size, guidance_interval, guidance_rescale)
@@ -726,7 +729,6 @@ def sample(
     if prompts is not None:
         asked = read_prompts(prompts, per_prompt, seed)
         asked = [p | dict(negative_prompt=p['negative_prompt'] or negative_prompt or '') for p in asked]
-    elif not prompt: raise InputError('there is no prompt; give one or more')
     else:
         out = Path('grid.png') if out is None else Path(out)
         if out.suffix.lower() not in IMAGE_SUFFIXES: raise InputError(f"--out {out} is no picture; end it in .png")
@@ -827,6 +829,7 @@ def evaluate(
     hush()
     result = evaluate_run(run_dir, n_images, reader=reader, features=features or '', data=data or '', n_open=n_open,
                           n_training=n_training, seed=seed, **how)
+    save_model_card(run_dir)
     return {'report': Path(run_dir)/'evaluation.json'} | score_lines(result)
 
 # %% ../nbs/09_cli.ipynb #8f1571fe
@@ -870,6 +873,7 @@ def demo(
     seconds = dict(zip(('cache', 'train', 'sample', 'evaluate'), (round(b - a, 1) for a, b in zip(marks, marks[1:]))))
     seconds['train'] = round(max(seconds['train'], state.seconds), 1) # after an interruption, that of all parts
     save_evaluation(replace(result, seconds=seconds), run_dir)
+    save_model_card(run_dir)
     costs = ', '.join(f'{k} {v:.0f}' for k, v in seconds.items())
     return {'grid': run_dir/'grid.png', 'report': run_dir/'evaluation.json', **score_lines(result),
             'seconds': f'{sum(seconds.values()):.0f} on {result.device}: {costs}'}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['np', 'Image', 'PngImagePlugin', 'DIGESTED', 'DRAWN_WITH', 'THEIR_NAMES', 'SAME_PSNR', 'COLUMNS', 'file_digest',
            'pipeline_digest', 'provenance', 'drawn_pictures', 'parameters_text', 'pixel_digest', 'facts_digest',
-           'write_picture', 'save_drawn', 'read_provenance', 'Recreation', 'compare_pixels', 'judge', 'recreate',
-           'read_seed', 'read_prompts', 'pending', 'draw_folder']
+           'write_picture', 'save_drawn', 'check_facts', 'read_provenance', 'Recreation', 'compare_pixels', 'judge',
+           'recreate', 'read_seed', 'read_prompts', 'pending', 'draw_folder']
 
 # %% ../nbs/06b_provenance.ipynb #0c27b49d
 import csv
@@ -141,6 +141,20 @@ def save_drawn(
     return write_picture(whole, path, facts)
 
 # %% ../nbs/06b_provenance.ipynb #3024de43
+def check_facts(
+    facts:dict # as a file gave them
+)->dict:       # the same
+    "Raise `ValueError` or its like where a value is not of the kind that `provenance` writes"
+    pictures = drawn_pictures(facts)
+    kinds = [(facts[k], int) for k in ('num_inference_steps', 'height', 'width')]
+    kinds += [(facts[k], (int, float)) for k in ('guidance_scale', 'guidance_rescale', 'start_level')]
+    kinds += [(v, (int, float)) for v in facts['guidance_interval']]
+    kinds += [(facts[k], str) for k in ('sampler', 'start', 'pipeline', 'pixels', 'digest')]
+    for p in pictures: kinds += [(p['prompt'], str), (p['negative_prompt'], str), (p['seed'], int)]
+    wrong = [v for v, kind in kinds if not isinstance(v, kind) or isinstance(v, bool)]
+    if wrong or len(facts['guidance_interval']) != 2 or facts['num_inference_steps'] < 1: raise ValueError(wrong)
+    return facts
+
 def read_provenance(
     path   # a PNG that `t2i sample` wrote
 )->dict:   # what it says of itself, with the digests
@@ -152,11 +166,8 @@ def read_provenance(
     except (OSError, SyntaxError, ValueError) as e: raise InputError(f"{path} is no readable picture: {e}") from None
     if said is None: raise InputError(f"{path} does not say what drew it; only PNGs that t2i sample wrote do, and "
                                       "programs that save a picture anew may drop it")
-    try:
-        facts = dict(json.loads(said))
-        if not isinstance(drawn_pictures(facts), list) or DRAWN_WITH.keys() - facts.keys(): raise ValueError
-        return facts | dict(pixels=str(facts['pixels']), pipeline=str(facts['pipeline']), digest=str(facts['digest']))
-    except (ValueError, TypeError, KeyError):
+    try: return check_facts(dict(json.loads(said)))
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"what {path} says of itself is damaged; it cannot be drawn again") from None
 
 # %% ../nbs/06b_provenance.ipynb #49214f44
@@ -242,7 +253,9 @@ def read_prompts(
     "The pictures that a table asks for"
     path = Path(path)
     if not path.is_file(): raise InputError(f"there is no table {path}; check the path")
-    reader = csv.DictReader(io.StringIO(read_text(path, path), newline=''), strict=True)
+    text = read_text(path, path)
+    if '\0' in text: raise InputError(f"{path} is no readable CSV: it holds NUL characters; save it as UTF-8")
+    reader = csv.DictReader(io.StringIO(text, newline=''), strict=True)
     try: columns, rows = reader.fieldnames or [], list(reader)
     except csv.Error as e: raise InputError(f"{path} is no readable CSV: {e}") from None
     strange = next((k for k in columns if k not in COLUMNS), None)

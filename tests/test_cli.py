@@ -171,7 +171,7 @@ def test_words(tmp_path):
     refused("unrecognized arguments: --run-dri x (did you mean '--run-dir'?); see t2i train --help",
             'train', 'demo', '--run-dri', 'x', cwd=tmp_path)
     refused("argument --seed: invalid int value: 'one'; see t2i sample --help", 'sample', 'run', 'a', '--seed', 'one', cwd=tmp_path)
-    refused('the following arguments are required: prompts; see t2i sample --help', 'sample', 'run', cwd=tmp_path)
+    refused('there is no prompt; give one or more, or a table with --prompts', 'sample', 'run', cwd=tmp_path)
     for line in ('train demo --set lr', 'train --set data.source=photos lr', 'train --set data.source=photos --set lr demo'):
         refused("argument --set: 'lr' is not KEY=VALUE, e.g. train.lr=1e-4; a recipe stands before --set; see t2i train --help",
                 *line.split(), cwd=tmp_path)

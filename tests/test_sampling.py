@@ -1,0 +1,280 @@
+"One seed, one picture: in any batch and order, in plain diffusers, after a kill, and drawn again from the file alone."
+import json, os, random, shutil, signal, subprocess, sys, time
+import pytest
+from t2i_nb.captions import build_text_cache, encode_prompts
+from t2i_nb.cli import main
+from t2i_nb.core import InputError, apply_overrides, find_recipe, load_config
+from t2i_nb.evaluation import clipped_share, score_prompts
+from t2i_nb.provenance import draw_folder, pipeline_digest, provenance, read_prompts, read_provenance, recreate, save_drawn
+from t2i_nb.train import SAMPLERS, RunConfig, load_components, open_run
+
+HOW = dict(num_inference_steps=3, guidance_scale=2.)
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A run of the recipe `demo` with a narrow network that was never trained, and its pipeline"
+    from t2i_nb.sampling import save_pipeline
+    from t2i_nb.unet import Objective, build_unet
+    folder = tmp_path_factory.mktemp('sampling')/'run'
+    cfg = apply_overrides(load_config(find_recipe('demo'), RunConfig), ['unet.width=16', 'unet.overrides={}', 'unet.layers_per_block=1',
+                                                                         'sample.num_inference_steps=3', 'sample.guidance_scale=2'])
+    open_run(cfg, folder)
+    models = load_components(cfg)
+    side = cfg.data.size//2**(len(models.vae.config.block_out_channels) - 1)
+    unet = build_unet(cfg.unet, side, models.vae.config.latent_channels, models.text_encoder.config.hidden_size)
+    save_pipeline(folder/'pipeline', unet, models, Objective(cfg.objective))
+    return folder
+
+@pytest.fixture(scope='module')
+def pipeline(run):
+    from t2i_nb.sampling import load_pipeline
+    return load_pipeline(run)
+
+def latents(pipeline, prompts, seeds, order, batch, sampler):
+    "The latents of each prompt, drawn in `order` and in batches"
+    import torch
+    from t2i_nb.sampling import denoise, initial_noise, latent_shape, make_generators, make_scheduler
+    out = {}
+    for i in range(0, len(order), batch):
+        part = order[i:i + batch]
+        generators = make_generators([seeds[j] for j in part])
+        states, null = (encode_prompts(pipeline.tokenizer, pipeline.text_encoder, t) for t in ([prompts[j] for j in part], ['']))
+        x = denoise(pipeline.unet.eval(), make_scheduler(pipeline.scheduler, sampler), initial_noise(generators, latent_shape(pipeline)), states,
+                    null.expand(len(part), -1, -1), 3, 2., generators=generators)
+        out |= dict(zip(part, x))
+    return torch.stack([out[j] for j in sorted(out)])
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_a_seed_means_one_picture(pipeline, sampler):
+    import torch
+    prompts, _, seeds = score_prompts(12)
+    order = list(range(12))
+    alone = latents(pipeline, prompts, seeds, order, 1, sampler)
+    for batch in (1, 3, 8):
+        for o in (order, random.Random(0).sample(order, 12)):
+            z = latents(pipeline, prompts, seeds, o, batch, sampler)
+            if batch == 1: assert torch.equal(z, alone)
+            assert (z - alone).abs().max() <= 1e-4
+    other = latents(pipeline, prompts, [s + 1 for s in seeds], order, 8, sampler)
+    assert (other - alone).abs().mean() > .1
+
+@pytest.mark.parametrize('sampler', ('dpmpp_2m', 'unipc', 'euler_a'))
+def test_plain_diffusers_draws_the_same(run, pipeline, sampler):
+    "With the generator that its users pass, step noise and all"
+    import diffusers, torch
+    from t2i_nb.sampling import make_scheduler
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(run/'pipeline', safety_checker=None, low_cpu_mem_usage=False)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = make_scheduler(pipeline.scheduler, sampler)
+    prompts, _, seeds = score_prompts(3)
+    ours = latents(pipeline, prompts, seeds, [0, 1, 2], 1, sampler)
+    for p, s, z in zip(prompts, seeds, ours):
+        x = theirs(p, num_inference_steps=3, guidance_scale=2., generator=torch.Generator('cpu').manual_seed(s), output_type='latent').images[0]
+        assert (x - z).abs().max() <= 1e-4
+
+def test_guidance_1_is_one_pass_and_the_conditional_answer(pipeline):
+    "Letter k"
+    import torch
+    from t2i_nb.sampling import denoise, initial_noise, latent_shape, make_generators, make_scheduler
+    states, null = (encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [t]) for t in ('a red flower', ''))
+    noise, seen = initial_noise(make_generators([0]), latent_shape(pipeline)), []
+    def unet(x, t, s):
+        seen.append(len(x))
+        return pipeline.unet(x, t, s)
+    draw = lambda w, n: denoise(unet, make_scheduler(pipeline.scheduler, 'euler'), noise, states, n, 3, w)
+    assert torch.equal(draw(1., null), draw(1., null*float('nan'))) and seen == [1]*6
+    draw(2., null)
+    assert seen[6:] == [2]*3
+
+def test_text_is_the_same_in_training_and_in_sampling(pipeline, tmp_path, monkeypatch):
+    "Letter j: padding, length and mask, in what the network is given"
+    import diffusers
+    from t2i_nb.train import prepare_data, train
+    words, encoder = pipeline.tokenizer, pipeline.text_encoder
+    captions = ['a red flower', 'a small white flower with eight pointed petals and a black centre at night']
+    cache = build_text_cache(captions, words, encoder)
+    states = encode_prompts(words, encoder, captions)
+    assert states.shape[1] == words.model_max_length
+    kept = cache.states[cache.rows(captions)].float()
+    assert kept.shape == states.shape and (kept - states).abs().max() < 2e-2
+    given, forward = [], diffusers.UNet2DConditionModel.forward
+    def watched(self, sample, timestep, encoder_hidden_states, *args, **kwargs):
+        given.append((encoder_hidden_states.shape[1:], [a for a in args if a is not None], {k for k, v in kwargs.items() if v is not None}))
+        return forward(self, sample, timestep, encoder_hidden_states, *args, **kwargs)
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, 'forward', watched)
+    from t2i_nb.sampling import sample
+    sample(pipeline, captions, [0, 1], **HOW)
+    drawn = list(given)
+    given.clear()
+    cfg = apply_overrides(load_config(find_recipe('demo'), RunConfig), [
+        'unet.width=16', 'unet.overrides={}', 'data.n_images=32', 'train.n_images=8', 'train.global_batch=4', 'train.micro_batch=4',
+        'train.log_images=4', 'train.validation_images=8', 'train.checkpoint_images=8', 'train.warmup_images=4'])
+    models = load_components(cfg)
+    data = prepare_data(cfg, models)
+    for _ in train(cfg, tmp_path/'run', models, data, data): pass
+    assert len(given) >= 2 and all(not args and not kwargs for _, args, kwargs in drawn + given)
+    assert {tuple(shape) for shape, *_ in drawn + given} == {(words.model_max_length, encoder.config.hidden_size)}
+
+def test_pictures_have_the_size_of_training(run, tmp_path, capsys):
+    "Letter b: or it says why not"
+    from PIL import Image
+    out = tmp_path/'a.png'
+    assert main(['sample', str(run), 'a red flower', '--out', str(out)]) == 0 and Image.open(out).size == (64, 64)
+    assert main(['sample', str(run), 'a red flower', '--out', str(out), '--size', '96x64']) == 0 and Image.open(out).size == (96, 64)
+    assert 'at another size than it was trained at' in capsys.readouterr().err
+    assert main(['sample', str(run), 'a red flower', '--out', str(out), '--size', '70x64']) == 2
+    assert 'width 70 is not a multiple of 16' in capsys.readouterr().err
+
+def test_values_of_pixels_fit_the_file(pipeline):
+    "Letter l, as far as an untrained network goes: what the VAE makes of unit variance is not clipped; page 06 looks at a trained one"
+    import torch
+    from t2i_nb.sampling import initial_noise, latent_shape, make_generators
+    from t2i_nb.vae import decode_latents
+    z = initial_noise(make_generators(range(8)), latent_shape(pipeline))
+    assert clipped_share(decode_latents(pipeline.vae, z)) < .1 < clipped_share(decode_latents(pipeline.vae, z/.18215))
+    assert torch.isfinite(z).all()
+
+def test_cancel_within_a_step(pipeline):
+    from t2i_nb.sampling import Cancelled, sample
+    for answer, error in ((True, Cancelled), (ValueError('mine'), ValueError)):
+        steps = []
+        def callback(i, t, x):
+            steps.append(i)
+            if len(steps) < 2: return None
+            if answer is True: return True
+            raise answer
+        with pytest.raises(error): sample(pipeline, ['a red flower']*3, range(3), 8, callback=callback)
+        assert steps == [0, 1]
+
+# What pictures say ---------------------------------------------------------------------------------------------------------------
+
+def rewrite(path, out, image=None, **facts):
+    "Change what a picture shows or says, as an editor would"
+    from PIL import Image, PngImagePlugin
+    said, chunks = read_provenance(path), PngImagePlugin.PngInfo()
+    chunks.add_text('t2i', json.dumps(said | facts))
+    with Image.open(path) as old: (image or old).save(out, pnginfo=chunks)
+    return out
+
+def test_a_hundred_pictures_are_drawn_again(run, pipeline, tmp_path):
+    from PIL import Image
+    from t2i_nb.sampling import sample
+    prompts, _, seeds = score_prompts(100)
+    table = tmp_path/'prompts.csv'
+    table.write_text('prompt,seed\n' + ''.join(f'"{p}",{s}\n' for p, s in zip(prompts, seeds)))
+    asked, digest = read_prompts(table), pipeline_digest(run)
+    facts = lambda ps: provenance([p['prompt'] for p in ps], [p['seed'] for p in ps], digest, [p['negative_prompt'] for p in ps], **HOW)
+    assert draw_folder(lambda *a, **k: sample(pipeline, *a, **k, **HOW), asked, tmp_path/'many', facts) == 100
+    files = sorted((tmp_path/'many').glob('*.png'))
+    found = [recreate(f, pipeline) for f in files]
+    assert len(found) == 100 and all(o.same for o in found), [o.verdict for o in found if not o.same]
+    assert max(o.worst for o in found) <= 2
+    said = Image.open(files[0]).text['parameters']
+    assert said.splitlines()[0] == prompts[0] and f'Steps: 3, Sampler: DPM++ 2M, CFG scale: 2, Seed: {seeds[0]}, Size: 64x64' in said
+    shown = Image.open(files[0]).convert('RGB')
+    shown.putpixel((3, 3), (0, 255, 0))
+    one = read_provenance(files[0])
+    for facts, image, words in ((dict(seed=one['seed'] + 1), None, 'what it says was changed'), (dict(prompt='a blue flower'), None, 'what it says was changed'),
+                                (dict(guidance_scale=2.5), None, 'what it says was changed'), ({}, shown, 'its pixels were changed')):
+        verdict = recreate(rewrite(files[0], tmp_path/'changed.png', image, **facts), pipeline)
+        assert not verdict.same and words in verdict.verdict
+
+def test_another_checkpoint_is_noticed(run, pipeline, tmp_path, capsys):
+    import safetensors.torch
+    from t2i_nb.sampling import sample
+    picture = save_drawn(sample(pipeline, ['a red flower', 'a blue flower'], [3, 4], **HOW), tmp_path/'grid.png',
+                         provenance(['a red flower', 'a blue flower'], [3, 4], pipeline_digest(run), **HOW))
+    assert main(['sample', str(run), '--recreate', str(picture), '--out', str(tmp_path/'again.png')]) == 0
+    assert 'matches' in capsys.readouterr().out and (tmp_path/'again.png').is_file()
+    shutil.copytree(run, tmp_path/'other')
+    weights = tmp_path/'other'/'pipeline'/'unet'/'diffusion_pytorch_model.safetensors'
+    safetensors.torch.save_file({k: v*1.01 for k, v in safetensors.torch.load_file(weights).items()}, weights, metadata=dict(format='pt'))
+    assert main(['sample', str(tmp_path/'other'), '--recreate', str(picture)]) == 2
+    assert 'does not match: it was drawn with another checkpoint' in capsys.readouterr().err
+    shutil.copy(picture, tmp_path/'cut.png')
+    (tmp_path/'cut.png').write_bytes(picture.read_bytes()[:200])
+    assert main(['sample', str(run), '--recreate', str(tmp_path/'cut.png')]) == 2
+    assert main(['sample', str(run), '--recreate', str(tmp_path/'absent.png')]) == 2
+    assert 'Traceback' not in capsys.readouterr().err
+
+@pytest.mark.parametrize('facts', (dict(num_inference_steps='x'), dict(sampler='nine'), dict(seed=None), dict(pictures=3), dict(guidance_interval=5)))
+def test_damaged_chunks_are_a_sentence(run, pipeline, tmp_path, facts, capsys):
+    from t2i_nb.sampling import sample
+    picture = save_drawn(sample(pipeline, ['a red flower'], [3], **HOW), tmp_path/'a.png', provenance(['a red flower'], [3], pipeline_digest(run), **HOW))
+    assert main(['sample', str(run), '--recreate', str(rewrite(picture, tmp_path/'b.png', **facts))]) == 2
+    assert 'Traceback' not in capsys.readouterr().err
+
+# Tables of prompts -----------------------------------------------------------------------------------------------------------------
+
+def test_a_killed_table_goes_on(run, tmp_path):
+    "SIGKILL leaves whole pictures with their captions; the same command draws the others, and the folder is a source"
+    from PIL import Image
+    from t2i_nb.data import DataConfig
+    from t2i_nb.sources import load_dataset
+    (tmp_path/'prompts.csv').write_text('prompt,negative_prompt\n"a red flower, in a meadow",\na blue flower,a red flower\n')
+    code = 'import sys; from t2i_nb.cli import main; sys.exit(main(sys.argv[1:]))'
+    words = [sys.executable, '-c', code, 'sample', str(run), '--prompts', 'prompts.csv', '--per-prompt', '12', '--batch', '2', '--out', 'many']
+    env = os.environ | dict(OMP_NUM_THREADS='1', IN_TEST='1')
+    process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    count = lambda: len(list((tmp_path/'many').glob('*.png')))
+    deadline = time.monotonic() + 300
+    while count() < 4 and process.poll() is None and time.monotonic() < deadline: time.sleep(.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {f.name: f.read_bytes() for f in (tmp_path/'many').glob('*.png')}
+    assert len(before) >= 4
+    for name in before: Image.open(tmp_path/'many'/name).load()
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = {f.name: f.read_bytes() for f in (tmp_path/'many').glob('*.png')}
+    assert len(after) == 24 and all(after[k] == v for k, v in before.items()) and f'drawn now  {24 - len(before)}' in done.stdout
+    data = load_dataset(DataConfig(source=str(tmp_path/'many'), size=64, validation_fraction=0.))
+    assert sorted(data.captions.count(c) for c in {*data.captions}) == [12, 12] and 'a red flower, in a meadow' in data.captions
+
+WRONG = {'': 'is empty', 'a rose\n': "has a column 'a rose'", 'promt\na\n': "did you mean 'prompt'", 'prompt;seed\na;1\n': 'with commas between them',
+         'prompt\n': 'has no rows', 'prompt,seed\n,1\n': 'row 1 has no prompt', 'prompt,seed\na,1\nb,x\n': "row 2 has the seed 'x'",
+         'prompt,seed\na,-1\n': "the seed '-1'", 'prompt,seed\na,1.5\n': "the seed '1.5'", 'prompt,seed\na,99999999999999999999\n': 'use a whole number',
+         'prompt\na, b\n': 'more values than columns', 'prompt,prompt\na,b\n': 'names a column twice', 'prompt,label\na,b\n': "has a column 'label'",
+         'prompt\n"a\n': 'is no readable CSV', 'prompt\na\0b\n': 'is no readable CSV'}
+
+@pytest.mark.parametrize('text', WRONG)
+def test_wrong_tables_are_a_sentence(run, tmp_path, text, capsys):
+    (tmp_path/'p.csv').write_bytes(text.encode())
+    assert main(['sample', str(run), '--prompts', str(tmp_path/'p.csv'), '--out', str(tmp_path/'many')]) == 2
+    said = capsys.readouterr().err
+    assert WRONG[text] in said and said.count('\n') == 1 and not (tmp_path/'many').exists()
+
+def test_more_wrong_words(run, tmp_path, capsys):
+    (tmp_path/'p.csv').write_text('prompt\n' + 'a large red flower with five round petals '*4 + '\n')
+    (tmp_path/'latin.csv').write_bytes('prompt\nfl\xf6wer\n'.encode('latin-1'))
+    (tmp_path/'text.png').write_text('a rose')
+    out = ['--out', str(tmp_path/'x'/'a.png')]
+    for words, sentence in ((['--prompts', str(tmp_path/'p.csv')], 'tokens and the text encoder takes'),
+                            (['--prompts', str(tmp_path/'latin.csv')], 'is not UTF-8'), (['--prompts', str(tmp_path/'none.csv')], 'there is no table'),
+                            (['a', '--prompts', str(tmp_path/'p.csv')], 'exclude each other'), (['a', '--size', '64'], 'write WIDTHxHEIGHT'),
+                            (['a', '--guidance-interval', '1'], 'LOW,HIGH'), (['a', '--guidance-rescale', '2'], 'use 0 to 1'),
+                            (['a', '--start', str(tmp_path/'text.png')], 'needs --start-level'), (['a', '--seed', '-1'], '--seed is -1'),
+                            (['a', '--start', str(tmp_path/'text.png'), '--start-level', '.5'], 'cannot be read'),
+                            (['a', '--start', str(tmp_path/'none.png'), '--start-level', '.5'], 'there is no picture'),
+                            (['a', '--start-level', '2'], '--start-level is 2'), (['a', '--num-inference-steps', '1001'], 'more than the 1000 timesteps'),
+                            (['--prompts', str(tmp_path/'p.csv'), '--per-prompt', '0'], '--per-prompt is 0')):
+        assert main(['sample', str(run), *words, *out]) == 2, words
+        said = capsys.readouterr().err
+        assert sentence in said and 'Traceback' not in said, (words, said)
+    assert not (tmp_path/'x'/'a.png').exists()
+
+def test_a_picture_of_a_picture(run, tmp_path, capsys):
+    from PIL import Image
+    Image.new('RGB', (80, 70), (200, 30, 30)).save(tmp_path/'red.png')
+    Image.new('RGB', (80, 70), (30, 30, 200)).save(tmp_path/'blue.png')
+    out = str(tmp_path/'a.png')
+    assert main(['sample', str(run), 'a red flower', '--start', str(tmp_path/'red.png'), '--start-level', '.6', '--sampler', 'euler_a', '--out', out]) == 0
+    again = ['sample', str(run), '--recreate', out]
+    capsys.readouterr()
+    assert main(again) == 2 and 'began with another picture; give it with --start' in capsys.readouterr().err
+    assert main([*again, '--start', str(tmp_path/'blue.png')]) == 2 and 'began with another picture than the one given' in capsys.readouterr().err
+    assert main([*again, '--start', str(tmp_path/'red.png')]) == 0
+
+def test_unwritable_folders(run, pipeline, tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(InputError, match='cannot be made a folder'): draw_folder(None, [], tmp_path/'file', None)
