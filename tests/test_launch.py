@@ -112,13 +112,38 @@ def test_an_interrupted_upload_sends_what_is_missing(aws, photos, monkeypatch):
     parcel, sent = L.Parcel('training', L.folder_files(photos) | {'one more': b'x'*1000}), []
     class Flaky: # a connection that is cut after seven files
         def __getattr__(self, name): return getattr(aws, name)
-        def upload_fileobj(self, f, bucket, key, **more):
+        def put_object(self, **what):
             if len(sent) == 7: raise KeyboardInterrupt
-            sent.append(key); aws.upload_fileobj(f, bucket, key, **more)
+            sent.append(what); return aws.put_object(**what)
     with pytest.raises(KeyboardInterrupt): L.send(Flaky(), BUCKET, parcel)
     assert L.send(aws, BUCKET, parcel)['files'] == 25 - 7 and L.send(aws, BUCKET, parcel) == dict(files=0, bytes=0)
     assert {k: content(aws, k) for k in under(aws, f's3://{BUCKET}/{parcel.prefix}').values()} == {
         f'{parcel.prefix}/{n}': f if isinstance(f, bytes) else f.read_bytes() for n, f in parcel.files.items()}
+
+def test_an_interrupted_large_file_sends_the_missing_parts(aws, tmp_path):
+    big, parts, part = tmp_path/'table.parquet', [], 5*2**20 # S3 takes no smaller ones
+    big.write_bytes(hashlib.shake_256(b'pictures').digest(2*part + 1000))
+    class Flaky:
+        def __getattr__(self, name): return getattr(aws, name)
+        def upload_part(self, **what):
+            if len(parts) == 1: raise KeyboardInterrupt
+            parts.append(what['PartNumber']); return aws.upload_part(**what)
+    parcel = L.Parcel('training', {big.name: big})
+    with pytest.raises(KeyboardInterrupt): L.send(Flaky(), BUCKET, parcel, part)
+    assert not under(aws, f's3://{BUCKET}/{parcel.prefix}') # nothing is there until it is whole
+    assert L.send(aws, BUCKET, parcel, part) == dict(files=1, bytes=part + 1000)
+    assert content(aws, f'{parcel.prefix}/{big.name}') == big.read_bytes() and L.send(aws, BUCKET, parcel, part)['files'] == 0
+
+def test_what_a_recipe_needs_of_this_machine_goes_along(aws, photos, library, tmp_path):
+    "Latents that were computed here are a channel; weights that lie here are in the archive, under a name the container finds"
+    (tmp_path/'cache').mkdir(); (tmp_path/'cache'/'latents.safetensors').write_bytes(b'latents')
+    shutil.copytree(library/'pretrained'/'vae', tmp_path/'my vae')
+    cfg = apply_overrides(load_config(find_recipe('flowers128'), RunConfig), [*TINY, f'data.source={photos}', f'vae.name={tmp_path}/my vae'])
+    how = L.LaunchConfig(bucket=BUCKET, role=ROLE, region='eu-west-1', cache=str(tmp_path/'cache'))
+    request = L.launch(cfg, how, dry_run=True)['request']
+    assert list(channels(request)) == ['training', 'cache', 'code', 'sm_drivers'] and channels(request)['cache']['InputMode'] == 'FastFile'
+    staged = load_config(L.stage_source(cfg, tmp_path/'staged')/'config.yaml', RunConfig)
+    assert staged.vae.name == 'given/vae' and (tmp_path/'staged'/'given'/'vae'/'config.json').is_file()
 
 def test_wrong_inputs_are_one_sentence_and_leave_nothing(aws, photos, capsys, monkeypatch):
     "With the bucket, the jobs and the disk compared before and after"
