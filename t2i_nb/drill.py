@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['figures', 'SHELL', 'MOMENTS', 'WITNESS', 'SECRETIVE', 'COLOURS', 'Machine', 'living', 'below', 'send', 'freeze',
-           'Bucket', 'Interruption', 'schedule', 'half_written', 'newest_name', 'images_of', 'draws', 'Life', 'Stage',
-           'free_port', 'file_number', 'drill_recipe', 'parts', 'outcome', 'secrets_in', 'told', 'run_lives',
+           'kill', 'Bucket', 'Interruption', 'schedule', 'half_written', 'newest_name', 'images_of', 'draws', 'Life',
+           'Stage', 'free_port', 'file_number', 'drill_recipe', 'parts', 'outcome', 'secrets_in', 'told', 'run_lives',
            'check_drill', 'drill', 'report', 'plot_drill', 'timeline']
 
 # %% ../nbs/05c_drill.ipynb #6d354aec
@@ -110,7 +110,7 @@ def below(
 )->list:          # they and all that they started, oldest first
     "A tree of processes"
     found = [p for p in pids if p in table]
-    for pid in found: found += [p for p, parent in table.items() if parent == pid]
+    for pid in found: found += [p for p, parent in table.items() if parent == pid and p not in found]
     return found
 
 # %% ../nbs/05c_drill.ipynb #b24e877f
@@ -133,6 +133,15 @@ def freeze(
         stopped += new
     return stopped
 
+def kill(
+    shells:list # of Popen
+):
+    "End whole trees at one instant, and see them gone"
+    pids = freeze([o.pid for o in shells])
+    send(pids, signal.SIGKILL)
+    for shell in shells: shell.wait()
+    while below(pids, living()): time.sleep(.005)
+
 # %% ../nbs/05c_drill.ipynb #4e939993
 @dataclass
 class Bucket:
@@ -152,7 +161,7 @@ def upload(self:Bucket,
     def look(path): s = path.stat(); return s.st_size, s.st_mtime_ns
     for path in sorted(Path(d)/f for d, _, files in os.walk(run_dir) for f in files): # folders may go meanwhile
         name = path.relative_to(run_dir)
-        if but and but in name.parts: continue
+        if any(part == but or part.startswith('.img-') for part in name.parts): continue
         try: now = look(path)
         except FileNotFoundError: continue # renamed or deleted
         was, self.last[name] = self.last.get(name), now
@@ -352,8 +361,7 @@ def live(self:Stage,
         for machine in self.rent(life.number, nodes): machines.append(machine)
         self.watch(life, machines, interruption, begun)
     finally: # nothing of it stays, whatever happened
-        send(freeze([m.process.pid for m in machines]), signal.SIGKILL)
-        for m in machines: m.process.wait()
+        kill([m.process for m in machines])
     life.seconds = time.monotonic() - begun
     self.lives.append(life)
     return life
@@ -608,6 +616,7 @@ def plot_drill(
         ax.axvline(begun, color='.85', lw=.8, zorder=0)
     ax.set(xlabel='seconds', ylabel='pictures seen')
     ax.legend(frameon=False)
+    ax.figure.tight_layout()
     return ax
 
 # %% ../nbs/05c_drill.ipynb #69b59618
