@@ -9,10 +9,10 @@ __all__ = ['torch', 'tqdm', 'plt', 'safetensors_numpy', 'COMMANDS', 'LATER', 'OV
            'check_least', 'make_folder', 'find_pipeline', 'sampling_settings', 'hush', 'bar', 'caption_limit',
            'scan_pictures', 'scan', 'data_get', 'caption', 'grid_prompts', 'prepare', 'leave_pipeline',
            'check_pipeline', 'fit', 'cache', 'train', 'run_config', 'pipeline', 'track', 'report', 'compare',
-           'drawing_options', 'open_start', 'check_start', 'ready_to_draw', 'recreate_picture', 'sample_table',
-           'sample', 'score_lines', 'check_features', 'open_pictures', 'tell_pictures', 'evaluate', 'draw_grid', 'demo',
-           'all_pixels', 'check_vae_folder', 'vae_train', 'check_vae', 'vae_prior', 'vae_evaluate', 'vae_encode',
-           'vae_decode']
+           'drawing_options', 'open_start', 'check_start', 'ready_to_draw', 'check_backend', 'ready_to_sample',
+           'recreate_picture', 'sample_table', 'sample', 'score_lines', 'check_features', 'open_pictures',
+           'tell_pictures', 'evaluate', 'draw_grid', 'demo', 'all_pixels', 'check_vae_folder', 'vae_train', 'check_vae',
+           'vae_prior', 'vae_evaluate', 'vae_encode', 'vae_decode']
 
 # %% ../nbs/09_cli.ipynb #55cf03b5
 import argparse
@@ -41,6 +41,7 @@ from .engine import choose_precision, this_rank
 from .evaluation import (Evaluation, evaluate as evaluate_run, open_prompts, save_evaluation,
                                score_prompts, summary, unseen_pictures, vae_report)
 from .model_card import save_model_card
+from .onnx_export import find_exported, open_folder
 from .prior import PriorConfig, load_prior, made_for, prior_report, read_prior_config, save_prior, train_prior
 from .provenance import (draw_folder, pipeline_digest, pixel_digest, provenance, read_prompts, read_provenance,
                                recreate as draw_again, save_drawn)
@@ -647,6 +648,30 @@ def ready_to_draw(
     if start is not None: return pipeline, dict(start=start)
     return pipeline, dict(prior=load_prior(Path(run_dir)/'prior')) if began else {}
 
+def check_backend(
+    backend:str,       # torch or onnx
+    run_dir:Path,      # was exported, for onnx
+    start_level:float  # as typed
+):
+    "Refuse what the exported graphs cannot do; needs no torch"
+    if backend not in ('torch', 'onnx'): raise InputError(f"there is no backend '{backend}'; use torch or onnx")
+    if backend == 'torch': return
+    if start_level is not None: raise InputError('the backend onnx starts from noise alone; use torch with --start-level')
+    find_exported(run_dir)
+
+def ready_to_sample(
+    backend:str,    # torch or onnx
+    folder:Path,    # in diffusers' layout
+    run_dir:Path,   # has the prior, if one is used
+    start,          # PIL image or None
+    began:str       # from `check_start`
+):                  # function like `sampling.sample` without its first argument
+    "Load what draws, as a function"
+    if backend == 'onnx': return open_folder(run_dir)[0]
+    pipeline, begin = ready_to_draw(folder, run_dir, start, began)
+    from t2i_nb.sampling import sample as draw_pictures
+    return lambda *args, **how: draw_pictures(pipeline, *args, **how, **begin)
+
 # %% ../nbs/09_cli.ipynb #0778461c
 def recreate_picture(
     picture:Path,     # a PNG that `t2i sample` wrote
@@ -675,18 +700,17 @@ def sample_table(
     out:Path,         # folder
     began:tuple,      # from `check_start`
     batch:int,        # pictures at a time
-    how:dict          # arguments of `sampling.sample`
+    how:dict,         # arguments of `sampling.sample`
+    backend:str='torch' # or onnx
 )->dict:              # what was drawn
     "Draw all pictures of a table that are not there yet"
     check_prompt_length(folder/'tokenizer', list(dict.fromkeys(p[k] for k in ('prompt', 'negative_prompt')
                                                                for p in pictures)))
     if out.exists() and not out.is_dir(): raise InputError(f"--out {out} is a file; with --prompts name a folder")
-    pipeline, begin = ready_to_draw(folder, run_dir, *began)
-    from t2i_nb.sampling import sample as draw_pictures
-    digest = pipeline_digest(folder)
+    draw_pictures, digest = ready_to_sample(backend, folder, run_dir, *began), pipeline_digest(folder)
     def facts(some): return provenance([p['prompt'] for p in some], [p['seed'] for p in some], digest,
-                                       [p['negative_prompt'] for p in some], start=began[1], **how)
-    def generate(*args, **kwargs): return draw_pictures(pipeline, *args, **kwargs, **how, **begin)
+                                       [p['negative_prompt'] for p in some], backend, began[1], **how)
+    def generate(*args, **kwargs): return draw_pictures(*args, **kwargs, **how)
     n = draw_folder(generate, pictures, out, facts, batch, bar('batches'))
     return {'pictures': len(pictures), 'drawn now': n, 'folder': out, 'next': f't2i scan {out}'}
 
@@ -697,6 +721,7 @@ def sample_table(
          't2i sample runs/mine "a tulip" --start photo.png --start-level 0.6',
          't2i sample runs/mine "a tulip" --start-level 0.7   # after t2i vae prior runs/mine',
          't2i sample runs/mine --prompts prompts.csv --per-prompt 4 --out many',
+         't2i sample runs/mine "a tulip" --backend onnx   # after t2i export runs/mine: no torch, and fast',
          't2i sample runs/mine --recreate flowers.png   # is it what this run draws?')
 def sample(
     run_dir:Path,                  # a run, or a folder in diffusers' layout
@@ -715,6 +740,7 @@ def sample(
     prompts:Path=None,             # .csv with the columns prompt and, if wanted, seed and negative_prompt
     per_prompt:int=1,              # pictures of each row of --prompts
     batch:int=8,                   # pictures at a time of --prompts
+    backend:str='torch',           # torch, or onnx once t2i export has been
     recreate:Path=None             # a PNG that t2i sample wrote: draw it again, and say whether it matches
 )->dict:                           # the file
     "Draw pictures from prompts, each with what drew it in the file"
@@ -734,16 +760,16 @@ def sample(
         if out.suffix.lower() not in IMAGE_SUFFIXES: raise InputError(f"--out {out} is no picture; end it in .png")
         check_prompt_length(folder/'tokenizer', [*prompt, negative_prompt or ''])
     if size is not None: tell('at another size than it was trained at a network repeats or cuts what it draws')
+    check_backend(backend, run_dir, start_level)
     began = check_start(run_dir, start, start_level)
     if start_level is not None: how['start_level'] = start_level
     if prompts is not None:
-        return sample_table(folder, run_dir, asked, Path(out or Path(prompts).stem), began, batch, how)
+        return sample_table(folder, run_dir, asked, Path(out or Path(prompts).stem), began, batch, how, backend)
     make_folder(out)
-    pipeline, begin = ready_to_draw(folder, run_dir, *began)
-    from t2i_nb.sampling import sample as draw_pictures
+    draw_pictures = ready_to_sample(backend, folder, run_dir, *began)
     seeds, away = [seed + i for i in range(len(prompt))], negative_prompt or ''
-    images = draw_pictures(pipeline, list(prompt), seeds, negative_prompt=away, **how, **begin)
-    facts = provenance(list(prompt), seeds, pipeline_digest(folder), away, start=began[1], **how)
+    images = draw_pictures(list(prompt), seeds, negative_prompt=away, **how)
+    facts = provenance(list(prompt), seeds, pipeline_digest(folder), away, backend, began[1], **how)
     save_drawn(images, out, facts)
     if out.suffix.lower() != '.png': tell(f'{out} cannot say what drew it; end --out in .png for a picture that can')
     return {'picture': out}

@@ -28,8 +28,6 @@ from pathlib import Path
 from .captions import encode_prompts, tokenize
 from .core import InputError, Tensor, lazy, package_dir
 from .provenance import pipeline_digest
-from .sampling import Cancelled, build_pipeline, draw, make_generators
-from .train import Components
 from .unet import Objective, ObjectiveConfig, UNetConfig, build_unet
 from .vae import VAEConfig, decode_latents, load_vae, psnr, vae_factor
 
@@ -46,6 +44,8 @@ def tiny_pipeline(
 ):                              # StableDiffusionPipeline, or TextToImagePipeline in pixel space
     "An untrained denoiser between the shipped VAE and text encoder"
     from t2i_nb.captions import load_text_encoder
+    from t2i_nb.sampling import build_pipeline
+    from t2i_nb.train import Components
     tokenizer, text_encoder = load_text_encoder()
     size, channels = (16, 3) if pixels else (8, 8)
     cfg = UNetConfig(width=width, overrides=overrides or {})
@@ -449,6 +449,7 @@ def way_errors(
     **how               # num_inference_steps, guidance_scale and sampler
 )->dict:                # per_step, latents, psnr
     "The second and third rung: each step, and the whole way"
+    from t2i_nb.sampling import draw, make_generators
     steps = []
     p = runtime.plan(loaded.config, how['sampler'], how['num_inference_steps'])
     states = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, list(prompts))
@@ -628,7 +629,9 @@ def in_words():
     from t2i_nb import onnx_runtime
     try: yield
     except onnx_runtime.Refused as e: raise InputError(str(e)) from None
-    except onnx_runtime.Cancelled as e: raise Cancelled(str(e)) from None
+    except onnx_runtime.Cancelled as e:
+        from t2i_nb.sampling import Cancelled
+        raise Cancelled(str(e)) from None
 
 # %% ../nbs/07_onnx.ipynb #b92c34db
 def open_folder(
