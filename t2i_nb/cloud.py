@@ -9,7 +9,6 @@ __all__ = ['calibrate', 'launch', 'watch', 'drill', 'promote', 'card']
 import json
 import re
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 import yaml
@@ -129,7 +128,6 @@ def promote(
 )->dict:                   # the verdict
     "Register a model in MLflow, and make it the champion if it is better"
     if len(candidate) > 1: raise InputError(f"there are {len(candidate)} candidates; promote one at a time")
-    if not find_spec('mlflow'): raise InputError('promotion needs MLflow; pip install mlflow')
     def say(text): hush(); tell(text) # it loads models once it has something to say
     promoted = promote_model(''.join(candidate), best or '', name or '', metric or '', n_images, data or '', reader,
                              features or '', log=say)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['torch', 'boto3', 'PIECE', 'PLAIN', 'JOB', 'METRICS', 'ALIAS', 'Limits', 'Bounded', 'check_member', 'write_members',
-           'unpack', 'Model', 'model_digest', 'read_model', 'aws_errors', 'aws', 'job_archive', 'fetch_archive',
-           'fetch', 'adherence_scores', 'draw_for', 'kid_scores', 'loss_scores', 'Exam', 'check_exam', 'make_exam',
-           'check_draws', 'check_comparable', 'Verdict', 'mean_error', 'judge', 'reason', 'registry_errors', 'Registry',
-           'least_loss', 'best_run', 'fetch_run', 'Promotion', 'model_name', 'decide', 'promote', 'told_before']
+           'unpack', 'Model', 'model_digest', 'check_index', 'read_model', 'aws_errors', 'aws', 'job_archive',
+           'fetch_archive', 'check_candidate', 'fetch', 'adherence_scores', 'draw_for', 'kid_scores', 'loss_scores',
+           'Exam', 'check_exam', 'make_exam', 'check_draws', 'check_comparable', 'Verdict', 'mean_error', 'judge',
+           'reason', 'registry_errors', 'Registry', 'least_loss', 'best_run', 'fetch_run', 'Promotion', 'model_name',
+           'decide', 'promote', 'told_before']
 
-# %% ../nbs/08c_promotion.ipynb #a766aa81
+# %% ../nbs/08c_promotion.ipynb #18c4c225
 import contextlib
 import gzip
 import hashlib
@@ -31,7 +32,7 @@ from .core import (InputError, Tensor, best_device, keyed_generator, keyed_rng, 
 from .data import ATTRIBUTES
 from .evaluation import (find_reader, load_feature_network, picture_seed, read_attributes, score_prompts,
                                to_pixel_values, unseen_pictures)
-from .tracking import brief, mlflow_experiment, quiet, why
+from .tracking import brief, check_trackers, mlflow_experiment, quiet, why
 from .train import N_BINS, Components, RunConfig, prepare_data
 from .unet import Objective
 from .vae import fingerprint
@@ -158,7 +159,19 @@ def model_digest(
                                           f"{hashlib.file_digest(f, 'blake2b').hexdigest()}".encode())
     return h.hexdigest()
 
-# %% ../nbs/08c_promotion.ipynb #14014390
+# %% ../nbs/08c_promotion.ipynb #737deaed
+def check_index(
+    path:Path, # model_index.json
+    name:str   # how the model is called in sentences
+):
+    "Refuse an index that names classes of any other package than the two that pipelines are made of"
+    try: named = [v[0] for v in json.loads(path.read_text()).values() if isinstance(v, list) and v]
+    except (ValueError, OSError): raise InputError(f"{name}'s model_index.json cannot be read; use another") from None
+    for package in named:
+        if package not in (None, 'diffusers', 'transformers'):
+            raise InputError(f"{name} wants a class of '{package}' loaded; use diffusers and transformers alone")
+
+# %% ../nbs/08c_promotion.ipynb #994c9372
 def read_model(
     folder:Path, # a run, or what an archive held
     name:str     # how it is called in sentences
@@ -171,6 +184,7 @@ def read_model(
     if not (folder/'config.yaml').is_file(): raise InputError(f"{name} holds no config.yaml, the recipe; use a run")
     odd = [p.name for p in (folder/'pipeline').rglob('*') if p.is_file() and p.suffix not in PLAIN]
     if odd: raise InputError(f"{name} holds {odd[0]}, which could run a program when it is read; use safetensors alone")
+    check_index(folder/'pipeline'/'model_index.json', name)
     cfg = load_config(folder/'config.yaml', RunConfig)
     return Model(folder, cfg, model_digest(folder/'pipeline', cfg), name)
 
@@ -233,8 +247,16 @@ def fetch_archive(
         client.download_file(bucket, key, str(path))
     return path
 
-# %% ../nbs/08c_promotion.ipynb #3b7f7dfb
+# %% ../nbs/08c_promotion.ipynb #e30fe822
 JOB = re.compile(r'[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}') # what SageMaker accepts
+
+def check_candidate(
+    candidate:str # as typed
+):
+    "Refuse what can be no candidate, before anything is asked of anybody"
+    if candidate.startswith('s3://') or Path(candidate).exists() or JOB.fullmatch(candidate): return
+    raise InputError(f"there is no file or folder '{candidate}', and no job has such a name; name a SageMaker job, an "
+                     "s3:// address, a model.tar.gz or a run")
 
 def fetch(
     candidate:str,         # SageMaker job, s3:// address, archive, or run folder
@@ -242,13 +264,10 @@ def fetch(
     limits:Limits=Limits() # of an archive
 )->Model:
     "Bring a candidate here, and look at it"
+    check_candidate(candidate)
     path, name = Path(candidate), candidate.rstrip('/').rsplit('/', 1)[-1]
     if path.is_dir(): return read_model(path, path.absolute().name)
-    if not candidate.startswith('s3://') and not path.is_file():
-        if not JOB.fullmatch(candidate):
-            raise InputError(f"there is no file or folder '{candidate}', and no job has such a name; name a SageMaker "
-                             "job, an s3:// address, a model.tar.gz or a run")
-        candidate = job_archive(candidate)
+    if not candidate.startswith('s3://') and not path.is_file(): candidate = job_archive(candidate)
     if candidate.startswith('s3://'): path = fetch_archive(candidate, work/'model.tar.gz', limits)
     return read_model(unpack(path, work/'candidate', limits), name)
 
@@ -359,7 +378,7 @@ def make_exam(
     if data: cfg = replace(cfg, data=replace(cfg.data, source=data))
     return Exam(metric, cfg, n, data, reader, features)
 
-# %% ../nbs/08c_promotion.ipynb #74c73f98
+# %% ../nbs/08c_promotion.ipynb #2d40b789
 @patch
 def held_pictures(self:Exam,
     model:Model # whose VAE and text encoder read them
@@ -370,12 +389,16 @@ def held_pictures(self:Exam,
     c = replace(model.cfg, data=self.cfg.data)
     found = prepare_data(c, parts, 'test' if self.data else 'validation', device=best_device())
     p.to(best_device()) # encoding left the text encoder on the CPU
+    names = tuple(p.unet.config.get('class_names') or ())
+    if found.class_names != names:
+        raise InputError(f"{model.name} was told other classes than these pictures have; use --data that has them")
     return found
 
 @patch
 def real_pictures(self:Exam): # dataset, or None for drawn flowers, and pictures
     "Pictures that KID compares with"
     dataset, real, _ = unseen_pictures(self.cfg.data, self.data, max(self.n, 64))
+    if len(real) < 3: raise InputError(f"there are {len(real)} pictures to compare with; use --data of 3 or more")
     return dataset, real
 
 # %% ../nbs/08c_promotion.ipynb #b585e0d6
@@ -649,7 +672,7 @@ def model_name(
     "One registered model for each source of pictures: others are not its rivals"
     return 't2i-' + (re.sub(r'[^\w.-]+', '-', Path(cfg.data.source).stem).strip('-') or 'model')
 
-# %% ../nbs/08c_promotion.ipynb #3f123ccd
+# %% ../nbs/08c_promotion.ipynb #b704df67
 def decide(
     model:Model,      # candidate
     rival:Model,      # champion, or None
@@ -669,7 +692,7 @@ def decide(
     said = reason(exam.metric, len(ours), verdict, f'champion ({rival.name})' if rival else '')
     return tags | dict(reason=said, decision='champion' if verdict is None or verdict.better else 'kept')
 
-# %% ../nbs/08c_promotion.ipynb #dc5875cd
+# %% ../nbs/08c_promotion.ipynb #baed1ab5
 def promote(
     candidate:str='',       # SageMaker job, s3:// address, model.tar.gz, or run folder
     best:str='',            # or: the best run of this MLflow experiment
@@ -684,7 +707,9 @@ def promote(
 )->Promotion:
     "Register a model, and make it the champion if it is better"
     if bool(candidate) == bool(best): raise InputError('name a candidate, or an experiment with --best')
+    if candidate: check_candidate(candidate)
     check_exam(metric, n_images)
+    check_trackers(['mlflow'])
     registry = Registry(name or 't2i') # refused before anything is fetched
     with tempfile.TemporaryDirectory(prefix='t2i-promote-') as work, brief(60):
         work = Path(work)

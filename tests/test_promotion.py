@@ -86,6 +86,30 @@ def test_within_noise(runs):
     second = twice(runs/'other', 'noise', **settings)
     assert not second.better and second.champion == '1', second.reason
 
+def test_photographs_by_kid_and_by_loss(runs, tmp_path):
+    "Pictures in a folder: both measures, the captions as prompts, and what cannot be compared"
+    from t2i_nb.core import to_pil
+    from t2i_nb.evaluation import fresh_drawings
+    (tmp_path/'photos').mkdir()
+    for i, picture in enumerate(to_pil(fresh_drawings(24)[1])):
+        picture.save(tmp_path/'photos'/f'{i}.png')
+        (tmp_path/'photos'/f'{i}.txt').write_text('a red flower')
+    made = {}
+    for name, further in dict(fresh=[], trained=[], less=['objective.prediction_type=epsilon']).items():
+        made[name] = tmp_path/name
+        shutil.copytree(runs/name/'pipeline', made[name]/'pipeline')
+        save_config(apply_overrides(load_config(runs/name/'config.yaml', RunConfig),
+                                    [f'data.source={tmp_path}/photos', 'data.validation_fraction=.5', *further]), made[name]/'config.yaml')
+    assert twice(made['fresh'], 'by-kid', metric='kid', n_images=8, features='reader').better
+    second = twice(made['trained'], 'by-kid', metric='kid', n_images=8, features='reader')
+    tags = standing('by-kid')[1]['2']
+    assert second.version == '2' and tags['t2i.metric'] == 'kid' and float(tags['t2i.gain']) == pytest.approx(float(tags['t2i.champion']) - float(tags['t2i.mean']))
+    assert twice(made['fresh'], 'by-loss', data=str(tmp_path/'photos')).better and twice(made['trained'], 'by-loss').better
+    with pytest.raises(InputError, match='differ in their prediction'): promote(str(made['less']), name='by-loss', **EXAM)
+    with pytest.raises(InputError, match='adherence needs toy flowers'): promote(str(made['less']), name='by-loss', metric='adherence')
+    assert sorted(standing('by-loss')[1]) == ['1', '2']
+    assert promote(str(made['fresh']), metric='loss', n_images=8).name == 't2i-photos' # named after the source
+
 @pytest.fixture(scope='module')
 def settled(runs, server):
     "A registered model with a champion"
@@ -135,6 +159,10 @@ def test_hostile_archives(runs, settled, tmp_path):
     shutil.copy(runs/'trained'/'config.yaml', tmp_path/'pickled')
     (tmp_path/'pickled'/'pipeline'/'unet'/'diffusion_pytorch_model.bin').write_bytes(b'\x80\x04.')
     refused(archive(tmp_path/'pickled', path), 'could run a program', settled, tmp_path)
+    (tmp_path/'pickled'/'pipeline'/'unet'/'diffusion_pytorch_model.bin').unlink()
+    index = (tmp_path/'pickled'/'pipeline'/'model_index.json')
+    index.write_text(index.read_text().replace('"transformers"', '"antigravity"', 1))
+    refused(archive(tmp_path/'pickled', path), "wants a class of 'antigravity' loaded", settled, tmp_path)
 
 def test_bombs(tmp_path):
     "Megabytes of zeros, a great many files, a header without end: refused before they fill anything"
