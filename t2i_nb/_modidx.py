@@ -409,6 +409,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    't2i_nb.evaluation.reader_scores': ('evaluation.html#reader_scores', 't2i_nb/evaluation.py'),
                                    't2i_nb.evaluation.run_reader': ('evaluation.html#run_reader', 't2i_nb/evaluation.py'),
                                    't2i_nb.evaluation.save_evaluation': ('evaluation.html#save_evaluation', 't2i_nb/evaluation.py'),
+                                   't2i_nb.evaluation.save_nearest': ('evaluation.html#save_nearest', 't2i_nb/evaluation.py'),
                                    't2i_nb.evaluation.save_reader': ('evaluation.html#save_reader', 't2i_nb/evaluation.py'),
                                    't2i_nb.evaluation.score_adherence': ('evaluation.html#score_adherence', 't2i_nb/evaluation.py'),
                                    't2i_nb.evaluation.score_copies': ('evaluation.html#score_copies', 't2i_nb/evaluation.py'),

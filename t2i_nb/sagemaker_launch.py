@@ -787,7 +787,7 @@ def follow_job(
         before = replace(state, seconds=0, dollars=0)
         time.sleep(seconds)
 
-# %% ../nbs/05_sagemaker_launch.ipynb #f869c94d
+# %% ../nbs/05_sagemaker_launch.ipynb #a059d3f5
 def tell_state(
     state:JobState # of a job
 )->str:
@@ -796,7 +796,7 @@ def tell_state(
     if state.images_seen:
         parts.append(f'{state.images_seen:,} pictures seen, {state.images_per_second:.1f} images/s')
         parts.append(f'loss {state.loss:.4f}')
-    if state.interruptions: parts.append(f'{state.interruptions} interruptions')
+    if state.interruptions: parts.append(f'interruptions: {state.interruptions}')
     return ', '.join(parts) + f', ${state.dollars:.2f} so far'
 
 def how_it_ended(

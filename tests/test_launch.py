@@ -12,6 +12,7 @@ from t2i_nb.train import RunConfig
 
 boto3 = pytest.importorskip('boto3')
 pytest.importorskip('sagemaker')
+pytestmark = pytest.mark.filterwarnings('ignore:sagemaker.train.configs has been moved:DeprecationWarning') # within the package itself
 BUCKET = 'our-flowers'
 ROLE = 'arn:aws:iam::123456789012:role/trainer'
 FAKES = {name: 'fake-' + hashlib.sha256(name.encode()).hexdigest()[:20] for name in # never a string that looks like a real key
@@ -77,15 +78,16 @@ def under(s3, uri): # what SageMaker would put into a channel: name -> key
     return {os.path.basename(k) if k == prefix else k[len(prefix):].lstrip('/'): k for k in objects(s3) if k.startswith(prefix)}
 
 def test_a_launch_is_its_dry_run_and_sends_everything_once(aws, photos, capsys):
+    before = jobs()
     code, said, _ = t2i(capsys, *words(photos, '--dry-run'))
-    assert code == 0 and not jobs()
+    assert code == 0 and jobs() == before
     dry = yaml.safe_load(said)['request']
     code, said, told = t2i(capsys, *words(photos, '--detach'))
     assert code == 0, told
     launched = json.loads(Path('launch.json').read_text())
     real = launched['request']
     assert {k for k in {*dry, *real} if dry.get(k) != real.get(k)} == {'TrainingJobName'} # it holds the second of the launch
-    assert real['TrainingJobName'].startswith('t2i-flowers-') and launched['job'] in said and jobs() == [launched['job']]
+    assert real['TrainingJobName'].startswith('t2i-flowers-') and launched['job'] in said and {*jobs()} - {*before} == {launched['job']}
     job = boto3.client('sagemaker').describe_training_job(TrainingJobName=launched['job'])
     for k in ('HyperParameters', 'ResourceConfig', 'StoppingCondition', 'OutputDataConfig', 'InputDataConfig', 'RoleArn', 'CheckpointConfig',
               'EnableManagedSpotTraining'): assert job[k] == real[k], k
@@ -102,11 +104,12 @@ def test_a_launch_is_its_dry_run_and_sends_everything_once(aws, photos, capsys):
     code, _, told = t2i(capsys, *words(photos, '--detach'))
     again = json.loads(Path('launch.json').read_text())
     assert code == 0 and objects(aws) == there and again['sent'] == dict(files=0, bytes=0)
-    assert again['goes_on_from'] == 'img-00000020' and 'goes on from img-00000020' in told and len(jobs()) == 2
-    code, said, _ = t2i(capsys, *words(photos, '--dry-run', '--nodes', '1')) # another number of machines is the same run
+    assert again['goes_on_from'] == 'img-00000020' and 'goes on from img-00000020' in told and len(jobs()) == len(before) + 2
+    code, said, _ = t2i(capsys, *words(photos, '--dry-run', '--nodes', '1', '--on-demand')) # another number of machines is the same run
     other = yaml.safe_load(said)['request']
     assert [(r['CheckpointConfig'], channels(r)['training']) for r in (other, again['request'])] == 2*[(real['CheckpointConfig'],
                                                                                                       channels(real)['training'])]
+    assert 'MaxWaitTimeInSeconds' not in other['StoppingCondition'] and not other.get('EnableManagedSpotTraining')
 
 def test_an_interrupted_upload_sends_what_is_missing(aws, photos, monkeypatch):
     parcel, sent = L.Parcel('training', L.folder_files(photos) | {'one more': b'x'*1000}), []
@@ -207,6 +210,19 @@ def test_a_job_is_followed_through_its_log(aws, photos, capsys):
     code, said, told = t2i(capsys, 'launch', '--attach', job, '--region', 'eu-west-1')
     assert code == 0 and '8 pictures seen, 51.2 images/s, loss 0.7000' in told and 'is done' in said, (said, told)
 
+def test_whoever_watches_may_leave(aws, capsys, monkeypatch):
+    asked, job = [], dict(TrainingJobName='t2i-mine-1', TrainingJobStatus='InProgress', SecondaryStatusTransitions=[],
+                          ResourceConfig=dict(InstanceType='ml.g5.xlarge', InstanceCount=1))
+    class Answers:
+        def describe_training_job(self, TrainingJobName): asked.append(1); return job | dict(SecondaryStatus='Starting' if len(asked) < 3 else 'Training')
+    def sleep(seconds):
+        if len(asked) == 4: raise KeyboardInterrupt
+    monkeypatch.setattr(L, 'client', lambda session, name, real=L.client: Answers() if name == 'sagemaker' else real(session, name))
+    monkeypatch.setattr(L, 'time', type('clock', (), dict(sleep=staticmethod(sleep))))
+    code, said, told = t2i(capsys, 'launch', '--attach', 't2i-mine-1', '--region', 'eu-west-1')
+    assert code == 0 and 'the job goes on; t2i launch --attach t2i-mine-1 watches it again' in said
+    assert told.count('\n') == 2 and 'waits for machines' in told and 'trains' in told # said once each
+
 # -- the archive -------------------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
@@ -238,7 +254,7 @@ LAUNCHED = {}
 def request_of(aws, photos, capsys):
     "The request of one launch, made once"
     if not LAUNCHED:
-        code, said, err = t2i(capsys, *words(photos, '--detach', experiment='archive'))
+        code, said, err = t2i(capsys, *words(photos, '--detach', '--budget', '5', experiment='archive'))
         assert code == 0, err
         LAUNCHED['file'] = Path('launch.json').read_text()
     Path('launch.json').write_text(LAUNCHED['file'])
@@ -263,6 +279,8 @@ def test_the_archive_trains_where_the_library_is_not_installed(aws, request_of, 
     fetch(aws, channels(request_of)['code'], tmp_path/'got')
     fetch(aws, channels(request_of)['training'], tmp_path/'photos')
     with tarfile.open(tmp_path/'got'/'source.tar.gz') as tar: tar.extractall(code, filter='data')
+    train = load_config(code/'config.yaml', RunConfig).train
+    assert 0 < train.max_dollars < 5 and train.dollars_per_hour > 0 # the run ends in time by itself
     ran = subprocess.run([bare/'bin'/'torchrun', '--standalone', '--nproc_per_node', '2', 'train.py', '--config', 'config.yaml'], cwd=code,
                          capture_output=True, text=True, timeout=600, env=clean(bare, T2I_ML_ROOT=str(ml), SM_CHANNEL_TRAINING=str(tmp_path/'photos')))
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -284,7 +302,7 @@ def test_the_sdks_own_drivers_start_it_in_a_private_opt_ml(aws, request_of, bare
     (config/'hyperparameters.json').write_text(json.dumps(request_of['HyperParameters']))
     script(tmp_path/'nvidia-smi', 'echo "GPU 0: pretended"; echo "GPU 1: pretended"')
     command = [*request_of['AlgorithmSpecification']['ContainerEntrypoint'], *request_of['AlgorithmSpecification']['ContainerArguments']]
-    env = clean(bare, TRAINING_JOB_NAME=request_of['TrainingJobName'], **request_of['Environment'])
+    env = clean(bare, TRAINING_JOB_NAME=request_of['TrainingJobName'], PET_STANDALONE='1', **request_of['Environment']) # on a free port
     env['PATH'] = f'{tmp_path}:{env["PATH"]}'
     ran = subprocess.run(['unshare', '-rm', 'bash', '-c', f'mount -t tmpfs tmpfs /opt && mkdir /opt/ml && mount --bind "{ml}" /opt/ml && "$@"',
                           'container', *command], cwd='/', capture_output=True, text=True, timeout=600, env=env)
