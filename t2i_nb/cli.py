@@ -839,7 +839,8 @@ def evaluate(
     data:str=None,                # photographs: folder or parquet file to compare with; validation split if not given
     n_open:int=None,              # toy flowers: pictures for what prompts leave open; 0 leaves it out
     n_training:int=DEFAULTS['n_training'], # training pictures searched for copies; 0 leaves it out
-    seed:int=0                    # keys prompts and pictures
+    seed:int=0,                   # keys prompts and pictures
+    nearest:bool=False            # leave nearest.png: pictures above the training pictures nearest to them?
 )->dict:                          # the figures one looks at first
     "Score a run, and leave evaluation.json"
     find_pipeline(run_dir)
@@ -851,12 +852,14 @@ def evaluate(
     if reader != 'shipped': load_function(reader)
     if data or not toy: load_dataset(replace(cfg.data, source=data or cfg.data.source))
     check_features(features, toy)
+    if nearest and n_training < 1: raise InputError('--nearest looks among training pictures; leave --n-training out')
     tell_pictures(cfg, n_images, n_open, n_training)
     hush()
     result = evaluate_run(run_dir, n_images, reader=reader, features=features or '', data=data or '', n_open=n_open,
-                          n_training=n_training, seed=seed, **how)
+                          n_training=n_training, seed=seed, nearest=nearest, **how)
     save_model_card(run_dir)
-    return {'report': Path(run_dir)/'evaluation.json'} | score_lines(result)
+    files = {'report': Path(run_dir)/'evaluation.json'} | ({'nearest': Path(run_dir)/'nearest.png'} if nearest else {})
+    return files | score_lines(result)
 
 # %% ../nbs/09_cli.ipynb #8f1571fe
 def draw_grid(
