@@ -174,7 +174,7 @@ SD_VAE = dict(_class_name='AutoencoderKL', block_out_channels=[128, 256, 512, 51
 def vae_config(
     cfg # VAEConfig
 )->dict: # as diffusers writes it; None in pixel space
-    "The configuration of a VAE, without loading it; one that only a download could tell is taken for Stable Diffusion's"
+    "The configuration of a VAE, without loading it; what only a download could tell is taken for Stable Diffusion's"
     if not cfg.name: return None
     n = len(cfg.block_out_channels)
     if cfg.name == 'new': return SD_VAE | dict(
@@ -309,7 +309,8 @@ def time_of(
     start = 60*assumed.start*sum(v for k, v in START.items() if k != 'operators' or work.sharded and n_gpus > 1)
     bytes_saved = 16*work.parameters # weights, two moments, average
     times = Times(start, work.caching/(machine.n_gpus*rate), steps*computing,
-                  steps*(passes*assumed.pass_seconds + share*work.loading), steps*52*work.parameters/(1e9*gpu.bandwidth),
+                  steps*(passes*assumed.pass_seconds + share*work.loading),
+                  steps*52*work.parameters/(1e9*gpu.bandwidth),
                   steps*talking, work.validating/rate, work.saves*(2 + bytes_saved/2e8) + 60*FINISH)
     if not spot: return times
     often = assumed.interruptions*nodes*times.total/3600

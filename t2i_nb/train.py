@@ -317,8 +317,8 @@ def validation_loss(
 
 # %% ../nbs/04_train_deepspeed.ipynb #304dd915
 MAY_CHANGE = {f'train.{k}' for k in ('max_minutes', 'max_dollars', 'dollars_per_hour', 'patience', 'checkpoint_images',
-                                     'checkpoint_minutes', 'keep_checkpoints', 'micro_batch', 'zero_stage', 'gradient_checkpointing',
-                                     'device', 'track')}
+                                     'checkpoint_minutes', 'keep_checkpoints', 'micro_batch', 'zero_stage',
+                                     'gradient_checkpointing', 'device', 'track')}
 
 def open_run(
     cfg:RunConfig, # the recipe
@@ -497,7 +497,7 @@ def end_of(
     if cfg.max_dollars and state.bill >= cfg.max_dollars: return 'dollars'
     return 'patience' if cfg.patience and state.worse >= cfg.patience else ''
 
-ENDS = ('pictures', 'minutes', 'dollars', 'patience') # after these a run is validated and exported; a signal only saves it
+ENDS = ('pictures', 'minutes', 'dollars', 'patience') # then a run is validated and exported; a signal only saves it
 
 # %% ../nbs/04_train_deepspeed.ipynb #3ebf296c
 def note_validation(
