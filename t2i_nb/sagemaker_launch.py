@@ -274,14 +274,15 @@ def send(
             else: s3.put_object(**where, Body=content.read_bytes()); told(parcel.size(n))
     return sent
 
-# %% ../nbs/05_sagemaker_launch.ipynb #a681d24f
+# %% ../nbs/05_sagemaker_launch.ipynb #277c0d6e
 def run_name(
     cfg:RunConfig,   # the recipe
     how:LaunchConfig,# its experiment
     data:str         # prefix of its pictures, or ''
 )->str:              # below which its checkpoints lie
     "Where a run's checkpoints lie: the same for the same recipe and pictures"
-    free = MAY_CHANGE | {'data.root', 'data.source'} # where pictures lie here says nothing about them
+    free = MAY_CHANGE | {'data.source'} # a place on this machine; the container puts its own there
+    if cfg.data.source in KNOWN_SETS: free |= {'data.root'}
     kept = {k: v for k, v in flat(to_dict(cfg)).items() if k not in free}
     return f't2i/checkpoints/{how.experiment}/' + digest(json.dumps([kept, data or cfg.data.source], sort_keys=True))
 
