@@ -40,7 +40,8 @@ def tiny_pipeline(
     width:int=32,               # channels of the denoiser's first level
     prediction_type:str='flow', # what it is said to predict
     overrides=None,             # keys of UNet2DConditionModel
-    pixels:bool=False           # without VAE, at 16 pixels
+    pixels:bool=False,          # without VAE, at 16 pixels
+    levels:int=0                # of the denoiser; 0 derives them
 ):                              # StableDiffusionPipeline, or TextToImagePipeline in pixel space
     "An untrained denoiser between the shipped VAE and text encoder"
     from t2i_nb.captions import load_text_encoder
@@ -48,7 +49,7 @@ def tiny_pipeline(
     from t2i_nb.train import Components
     tokenizer, text_encoder = load_text_encoder()
     size, channels = (16, 3) if pixels else (8, 8)
-    cfg = UNetConfig(width=width, overrides=overrides or {})
+    cfg = UNetConfig(width=width, levels=levels, overrides=overrides or {})
     unet = build_unet(cfg, size, channels, text_encoder.config.hidden_size)
     vae = None if pixels else load_vae(VAEConfig())
     objective = Objective(ObjectiveConfig(prediction_type=prediction_type))
@@ -168,7 +169,8 @@ def unet_multiple(
     return 2**(len(unet.config.block_out_channels) - 1)
 
 def graph_modules(
-    pipeline # StableDiffusionPipeline or TextToImagePipeline, on the CPU in fp32
+    pipeline,         # StableDiffusionPipeline or TextToImagePipeline, on the CPU in fp32
+    encoder:bool=True # the VAE's encoder too, which drawing does not need
 )->dict:     # name to (module, inputs, names of inputs, names of outputs, free axes)
     "All modules to export, with inputs to trace them"
     dim, m = torch.export.Dim, unet_multiple(pipeline.unet)
@@ -187,7 +189,8 @@ def graph_modules(
                  ({0: T}, {0: B, 1: N})),
         step=(step, (x, first, words), ['sample', *mod_names, *word_names], ['out_sample'],
               ({0: B, 2: H, 3: W}, [{0: B}]*len(mods), [{0: B, 2: N}]*len(words))))
-    return found | (vae_modules(pipeline.vae, B) if getattr(pipeline, 'vae', None) is not None else {})
+    if getattr(pipeline, 'vae', None) is None: return found
+    return found | {k: v for k, v in vae_modules(pipeline.vae, B).items() if encoder or k != 'vae_encoder'}
 
 # %% ../nbs/07_onnx.ipynb #6bdf33d3
 def text_module(
@@ -335,7 +338,8 @@ def write_layout(
     vae = getattr(pipeline, 'vae', None)
     index = {'_class_name': 'TextToImagePipeline', '_diffusers_version': diffusers.__version__}
     ours = dict(text_encoder='ORTTextEncoder', unet='ORTUnet')
-    if vae is not None: ours |= dict(vae_decoder='ORTVaeDecoder', vae_encoder='ORTVaeEncoder')
+    if vae is not None: ours |= dict(vae_decoder='ORTVaeDecoder')
+    if (folder/'vae_encoder').is_dir(): ours |= dict(vae_encoder='ORTVaeEncoder')
     if type(pipeline).__name__ == 'StableDiffusionPipeline':
         none = dict.fromkeys(('feature_extractor', 'image_encoder', 'safety_checker'), [None, None])
         index |= dict(_class_name='ORTStableDiffusionPipeline', requires_safety_checker=False, **none)
@@ -415,7 +419,7 @@ def module_errors(
     stock = lambda x, t, states: pipeline.unet(x, t, states).sample
     whole = dict(unet=(stock, None, ['sample', 'timestep', 'encoder_hidden_states']))
     for name, (module, _, names, *_) in (modules | whole).items():
-        if name == 'step': continue
+        if name == 'step' or not (folder/graph_file(name)).is_file(): continue
         session = open_session(folder/graph_file(name))
         errors[name] = max(graph_error(session, module, names, probes(pipeline, name, s, b))
                            for s in (SIZES if name not in ('context', 'text_encoder') else SIZES[:1]) for b in BATCHES)
@@ -564,10 +568,11 @@ def export_graphs(
     pipeline,     # in torch, on the CPU
     folder:Path,  # to write to
     precision:str,# one of `PRECISIONS`
-    progress=iter # wraps the modules
+    progress=iter,# wraps the modules
+    encoder:bool=True # the VAE's encoder too
 )->dict:          # `graph_modules`
     "All graphs of a pipeline"
-    modules = graph_modules(pipeline)
+    modules = graph_modules(pipeline, encoder)
     for name in progress(list(modules)):
         write_graph(folder/graph_file(name), *modules[name])
     join_unet(folder/graph_file('context'), folder/graph_file('step'), folder/graph_file('unet'))
@@ -581,7 +586,8 @@ def export_pipeline(
     precision:str='float32',   # float32, float16 or int8
     defaults:dict=None,        # num_inference_steps, guidance_scale and sampler that the runtime uses if not told
     weights:str='',            # the `pipeline_digest` of what is exported
-    progress=iter              # wraps the modules, e.g. tqdm
+    progress=iter,             # wraps the modules, e.g. tqdm
+    encoder:bool=True          # the VAE's encoder too, which drawing does not need
 )->dict:                       # the manifest
     "A pipeline as a folder that draws without torch"
     out, defaults = Path(out), defaults or dict(num_inference_steps=16, guidance_scale=3., sampler='dpmpp_2m')
@@ -589,7 +595,7 @@ def export_pipeline(
     pipeline.to('cpu', torch.float32)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix='.onnx-') as place:
         folder = Path(place)/'onnx'
-        modules = export_graphs(pipeline, folder, precision, progress)
+        modules = export_graphs(pipeline, folder, precision, progress, encoder)
         write_layout(pipeline, folder)
         write_reference(pipeline, folder, modules['context'][0])
         runtime = load_runtime(folder)
