@@ -5,11 +5,13 @@ import pytest
 import yaml
 from t2i_nb import cli
 from t2i_nb.captions import check_prompt_length
-from t2i_nb.cli import COMMANDS, main
+from t2i_nb.cli import COMMANDS, later_commands, main
 from t2i_nb.core import InputError, find_recipe, load_config, package_dir, pretrained_dir, to_dict
 from t2i_nb.data import DataConfig
 from t2i_nb.sources import load_dataset
 from t2i_nb.train import RunConfig, flat, open_run
+
+later_commands() # a refusal names the commands of all pages
 
 HEAVY = ('torch', 'diffusers', 'transformers')
 CODE = f'''import sys
