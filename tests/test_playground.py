@@ -130,7 +130,7 @@ def test_fitting_measures_once_for_each_backend_and_size(run):
     assert 'too few' in state.status and state.settings.num_inference_steps == 8
 
 class Browser:
-    "Chromium by its own protocol: real clicks and keys"
+    "Chromium by its own protocol"
     def __init__(self, chromium, folder):
         flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update',
                  '--disable-sync', '--disable-dev-shm-usage', '--remote-debugging-port=0', '--window-size=1280,900', f'--user-data-dir={folder}']
@@ -158,17 +158,10 @@ class Browser:
             if time.time() > end: raise AssertionError(f'{code} never came true; the page says: {self.js("document.body.innerText")[-1500:]}')
             time.sleep(.1)
         return value
-    def click(self, element):
-        at = self.until(f'(e => {{ if (!e || e.disabled) return null; e.scrollIntoView({{block: "nearest"}}); const r = e.getBoundingClientRect();'
-                        f' return r.width ? [r.x + r.width/2, r.y + r.height/2] : null }})({element})')
-        for kind in ('mousePressed', 'mouseReleased'): self.send('Input.dispatchMouseEvent', type=kind, x=at[0], y=at[1], button='left', clickCount=1)
-    def type(self, label, text):
-        self.click(f'field({label!r})')
-        self.js(f'field({label!r}).select()')
-        self.send('Input.insertText', text=text)
-        self.js(f'field({label!r}).blur()')
+    def click(self, element): self.until(f'(e => e && !e.disabled && (e.click(), true))({element})')
+    def type(self, label, text): self.choose(label, text), time.sleep(1) # what is typed waits while the kernel is busy; a click does not
     def choose(self, label, option):
-        self.js(f'(e => {{ e.value = {option!r}; e.dispatchEvent(new Event("change", {{bubbles: true}})) }})(field({label!r}))')
+        self.js(f'(e => {{ e.value = {option!r}; for (const kind of ["input", "change"]) e.dispatchEvent(new Event(kind, {{bubbles: true}})) }})(field({label!r}))')
     def picture(self, path): Path(path).write_bytes(base64.b64decode(self.send('Page.captureScreenshot', format='png')['data']))
     def close(self):
         if self.socket: self.socket.close()
@@ -204,7 +197,7 @@ def start_lab(lab, folder, cell):
     own = {f'JUPYTER_{k}': str(folder/v) for k, v in dict(PATH='share', CONFIG_DIR='config', DATA_DIR='data', RUNTIME_DIR='runtime').items()}
     env = os.environ | own | dict(JUPYTERLAB_SETTINGS_DIR=str(folder/'settings'), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', IPYTHONDIR=str(folder/'ipython'))
     command = [lab, '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', '--IdentityProvider.token=t',
-               f'--ServerApp.root_dir={folder}/nb']
+               f'--ServerApp.root_dir={folder}/nb', '--LabApp.expose_app_in_browser=True']
     process = subprocess.Popen(command, env=env, cwd=folder, stdout=open(folder/'lab.log', 'w'), stderr=subprocess.STDOUT, start_new_session=True)
     def answers():
         assert process.poll() is None, (folder/'lab.log').read_text()[-2000:]
@@ -220,13 +213,13 @@ def open_panel(browser, address, seconds=60):
     idle = '!!document.querySelector(".jp-Notebook-ExecutionIndicator[data-status=idle]")'
     end = time.time() + seconds
     while time.time() < end and not browser.js(idle): time.sleep(.2)
-    if time.time() > end: return False
-    browser.click('document.querySelector(".jp-Cell .cm-content")')
-    for kind in ('rawKeyDown', 'keyUp'):
-        browser.send('Input.dispatchKeyEvent', type=kind, modifiers=2, key='Enter', code='Enter', windowsVirtualKeyCode=13) # Control+Enter
-    end = time.time() + seconds
+    time.sleep(3) # it says idle a moment before it listens
+    asked, prompt = 0., '(document.querySelector(".jp-InputPrompt")?.innerText || "").trim()'
     while time.time() < end and not browser.js('!!button("Generate")'):
         assert not browser.js('says("Traceback")'), browser.js('output().innerText')
+        if browser.js(prompt) == '[ ]:' and time.time() > asked + 9:
+            asked = time.time()
+            browser.js('void jupyterapp.commands.execute("notebook:run-all-cells")')
         time.sleep(.2)
     return browser.js('!!button("Generate")')
 
