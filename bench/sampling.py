@@ -8,7 +8,7 @@ environment of its own (`pip install torch==2.13.0 "optimum-onnx[onnxruntime]"`)
 Parts, any of which --what selects:
 
 modules     one pass of the text encoder, the UNet and the VAE decoder at batches 1 and 8, with --threads threads
-end_to_end  prompt to picture at equal steps and guidance (batches 1 and 4; 64 and 128 pixels), and our cheapest setting against diffusers' 50 steps
+end_to_end  prompt to picture at equal steps and guidance (batches 1 and 4; 64, 128 and 256 pixels), and our cheapest setting against diffusers' 50 steps
 start       from the start of a process to the picture on disk, with ours: the exported generate.py in this Python
 scores      adherence and KID of the candidates for the cheapest setting and of diffusers' 50 steps, on the same prompts and seeds
 
@@ -31,6 +31,7 @@ def parse():
     p.add_argument('--optimum-python', type=Path)
     p.add_argument('--what', nargs='+', choices=['modules', 'end_to_end', 'start', 'scores'], default=['modules', 'end_to_end', 'start', 'scores'])
     p.add_argument('--steps', type=int, nargs='+', default=[12, 50], help='of equal steps')
+    p.add_argument('--sizes', type=int, nargs='*', default=[128, 256], help='pixels, beside 64')
     p.add_argument('--cheapest', nargs=4, default=None, metavar=('STEPS', 'SAMPLER', 'LOW', 'HIGH'), help='our cheapest setting; what the scores say if not given')
     p.add_argument('--guidance-scale', type=float, default=1.25)
     p.add_argument('--rounds', type=int, default=3)
@@ -179,7 +180,7 @@ def sample_questions(args, cheapest):
     yield 'sample_equal_steps', *[one(args.steps[-1], 1, 64)]*2, ways
     for steps in args.steps[:-1]: yield f'sample_equal_steps_{steps}', *[one(steps, 1, 64)]*2, ways[:2]
     yield 'sample_equal_steps_b4', *[one(args.steps[0], 4, 64)]*2, ways[:2]
-    for size in (128, 256): yield f'sample_equal_steps_{size}px', *[one(args.steps[0], 1, size)]*2, ways[:2]
+    for size in args.sizes: yield f'sample_equal_steps_{size}px', *[one(args.steps[0], 1, size)]*2, ways[:2]
     steps, sampler, low, high = cheapest
     yield 'sample_cheapest', one(steps, 1, 64) | dict(sampler=sampler, interval=(low, high)), one(50, 1, 64), ['diffusers']
 
