@@ -233,7 +233,8 @@ def vae_modules(
 @contextlib.contextmanager
 def quiet():
     "Keep the exporter's advice off the terminal"
-    names = ('torch.onnx', 'torch.onnx._internal.exporter', 'torch.onnx._internal.exporter._registration', 'onnxscript')
+    exporter = 'torch.onnx._internal.exporter'
+    names = ('', 'torch.onnx', exporter, f'{exporter}._registration', 'onnxscript')
     loggers = [logging.getLogger(n) for n in names]
     levels = [l.level for l in loggers]
     for l in loggers: l.setLevel(logging.ERROR)
@@ -288,6 +289,9 @@ def join_unet(
     a = onnx.compose.add_prefix(first, 'c/', rename_inputs=False)
     b = onnx.compose.add_prefix(second, 's/', rename_inputs=False, rename_outputs=False)
     joined = onnx.compose.merge_models(a, b, [(f'c/{names[o]}', o) for o in names])
+    domains = {o.domain: o.version for o in joined.opset_import} # each once: the quantiser insists
+    del joined.opset_import[:]
+    joined.opset_import.extend([helper.make_opsetid(d, v) for d, v in domains.items()])
     onnx.save(joined, file, save_as_external_data=joined.ByteSize() > 1.5e9, location=file.name + '_data')
 
 # %% ../nbs/07_onnx.ipynb #ea4388be
@@ -307,7 +311,8 @@ def reduce_graph(
     with tempfile.TemporaryDirectory() as folder, quiet():
         onnx.save(model, Path(folder)/'model.onnx')
         quantize_dynamic(Path(folder)/'model.onnx', file, weight_type=QuantType.QInt8,
-                         op_types_to_quantize=['MatMul', 'Gemm'])
+                         op_types_to_quantize=['MatMul', 'Gemm'],
+                         extra_options=dict(DefaultTensorType=onnx.TensorProto.FLOAT))
 
 # %% ../nbs/07_onnx.ipynb #09fc6122
 def graph_file(
