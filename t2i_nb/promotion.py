@@ -497,15 +497,12 @@ def registry_errors():
     "Errors of MLflow as one sentence; what SageMaker's plugin for MLflow says of other servers is not for the user"
     from mlflow.exceptions import MlflowException
     from requests import RequestException
-    headers = logging.getLogger('mlflow.tracking.request_header.registry')
-    level = headers.level
-    headers.setLevel(logging.ERROR)
     try:
-        with quiet('mlflow.store.model_registry.abstract_store'): yield
+        with quiet('mlflow.store.model_registry.abstract_store'), \
+             quiet('mlflow.tracking.request_header.registry', level=logging.ERROR): yield
     except (MlflowException, RequestException, OSError) as e:
         raise InputError(f"the model registry does not answer as it should ({why(e)}); look at MLFLOW_TRACKING_URI and "
                          "the network, then promote again: it goes on where it stopped") from None
-    finally: headers.setLevel(level)
 
 class Registry:
     "One registered model"

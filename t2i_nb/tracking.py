@@ -132,11 +132,12 @@ def mlflow_run(
 # %% ../nbs/03c_tracking.ipynb #abc51b3d
 @contextlib.contextmanager
 def quiet(
-    *names # of loggers
+    *names,                   # of loggers
+    level:int=logging.WARNING # the least that is logged
 ):
-    "Only warnings are logged inside"
+    "Only warnings are logged inside, or only what is worse"
     levels = {logger: logger.level for logger in map(logging.getLogger, names)}
-    for logger in levels: logger.setLevel(logging.WARNING)
+    for logger in levels: logger.setLevel(level)
     try: yield
     finally:
         for logger, level in levels.items(): logger.setLevel(level)
@@ -349,11 +350,12 @@ BRIEF = dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES='0', MLFLOW_SUPPRESS_PRINTING_URL_T
 def brief(
     seconds:int # that a request may take
 ):
-    "MLflow gives up soon and says little inside"
+    "MLflow gives up soon and says little inside; SageMaker's plugin for it would warn of every other server"
     wanted = BRIEF | dict(MLFLOW_HTTP_REQUEST_TIMEOUT=str(seconds))
     ours = {k: v for k, v in wanted.items() if k not in os.environ}
     os.environ.update(ours)
-    try: yield
+    try:
+        with quiet('mlflow.tracking.request_header.registry', level=logging.ERROR): yield
     finally:
         for k in ours: os.environ.pop(k, None)
 
