@@ -159,9 +159,10 @@ class Browser:
             time.sleep(.1)
         return value
     def click(self, element): self.until(f'(e => e && !e.disabled && (e.click(), true))({element})')
-    def type(self, label, text): self.choose(label, text), time.sleep(1) # what is typed waits while the kernel is busy; a click does not
+    def type(self, label, text): self.choose(label, text)
     def choose(self, label, option):
         self.js(f'(e => {{ e.value = {option!r}; for (const kind of ["input", "change"]) e.dispatchEvent(new Event(kind, {{bubbles: true}})) }})(field({label!r}))')
+        time.sleep(1) # what is entered waits while the kernel is busy; a click does not
     def picture(self, path): Path(path).write_bytes(base64.b64decode(self.send('Page.captureScreenshot', format='png')['data']))
     def close(self):
         if self.socket: self.socket.close()
@@ -251,7 +252,7 @@ def user_session(browser, keep=lambda name: None, steps='300'):
     assert browser.js('field("steps").value') not in ('4', steps)
     browser.choose('backend', browser.js('[...field("backend").options].at(-1).value'))
     browser.click('button("Generate")')
-    browser.until('says("; backend torch →") || says("backend torch → ") && thumbs().length == 3')
+    browser.until('says("backend torch → ") && thumbs().length == 3')
     browser.until('says("ms: text") && thumbs().length == 3')
     browser.click('button("Make it fit in")')
     browser.until('says("about ") || says("too few")')
