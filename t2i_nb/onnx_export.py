@@ -66,6 +66,7 @@ def attend(
     return torch.onnx.ops.symbolic('com.microsoft::MultiHeadAttention', (q, k, v), dict(num_heads=heads),
                                    dtype=q.dtype, shape=q.shape, version=1)
 
+# %% ../nbs/07_onnx.ipynb #d60a2aa2
 class FusedAttention:
     "An attention processor for export; keys and values of the words are given to it beforehand"
     def __init__(self): self.words = None
@@ -83,6 +84,7 @@ def make_told(): # nn.Module
         def forward(self, *args): return self.value
     return Told()
 
+# %% ../nbs/07_onnx.ipynb #7c287f46
 def resnets(
     unet # UNet2DConditionModel
 )->list: # its ResNet blocks, in order
@@ -168,6 +170,7 @@ def unet_multiple(
     "How often the denoiser halves, as a factor"
     return 2**(len(unet.config.block_out_channels) - 1)
 
+# %% ../nbs/07_onnx.ipynb #19b7932b
 def graph_modules(
     pipeline,         # StableDiffusionPipeline or TextToImagePipeline, on the CPU in fp32
     encoder:bool=True # the VAE's encoder too, which drawing does not need
@@ -207,6 +210,7 @@ def text_module(
     names = names[:2 if masked else 1]
     return TextStates(), tuple(tokens[k] for k in names), names, ['last_hidden_state'], tuple({0: B} for _ in names)
 
+# %% ../nbs/07_onnx.ipynb #1034bc2d
 def vae_modules(
     vae, # AutoencoderKL or AutoencoderTiny
     B    # free batch axis
@@ -245,6 +249,7 @@ def quiet():
     finally:
         for l, level in zip(loggers, levels): l.setLevel(level)
 
+# %% ../nbs/07_onnx.ipynb #0faef03c
 def write_graph(
     file:Path, # .onnx file to write
     module,    # nn.Module
@@ -321,6 +326,7 @@ def graph_file(
     "Where a graph lies"
     return f'unet/{name}.onnx' if name in ('context', 'step') else f'{name}/model.onnx'
 
+# %% ../nbs/07_onnx.ipynb #5d1ee6ed
 def write_vocabulary(
     folder:Path # with tokenizer.json
 ):
@@ -430,6 +436,7 @@ def module_errors(
                            for s in (SIZES if name not in ('context', 'text_encoder') else SIZES[:1]) for b in BATCHES)
     return errors | dict(step=step_error(pipeline, open_session(folder/graph_file('step')), modules, stock))
 
+# %% ../nbs/07_onnx.ipynb #05bb0e9e
 def step_error(
     pipeline, # in torch
     session,  # of `step`
@@ -496,6 +503,7 @@ def write_reference(
         if getattr(pipeline, 'vae', None) is not None: said['vae_decoder'] = decode_latents(pipeline.vae, x)
     np.savez(folder/'reference.npz', **{k: v.numpy() for k, v in said.items()})
 
+# %% ../nbs/07_onnx.ipynb #e277c280
 def describe(
     pipeline # what is exported
 )->dict:     # what the runtime must know of its latents
@@ -548,6 +556,7 @@ def check_target(
     if out.exists() and not (out/'manifest.json').is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds something that is no exported model; name another place")
 
+# %% ../nbs/07_onnx.ipynb #38ee710b
 def check_precision(
     precision:str # as typed
 ):
@@ -569,6 +578,7 @@ def write_manifest(
     text = json.dumps(dict(format=1, **facts, files=hashes), indent=1)
     (folder/'manifest.json').write_text(text + '\n', encoding='utf-8')
 
+# %% ../nbs/07_onnx.ipynb #eaa7482f
 def export_graphs(
     pipeline,     # in torch, on the CPU
     folder:Path,  # to write to
@@ -634,6 +644,7 @@ def find_exported(
                              f"again with t2i export {path}")
     return folder
 
+# %% ../nbs/07_onnx.ipynb #ae2c4f18
 @contextlib.contextmanager
 def in_words():
     "What the runtime refuses, as the sentence of an `InputError`"

@@ -34,6 +34,7 @@ def check_noise(
     if n <= 0 or n % 16: raise Refused(f"{n} numbers of noise are no multiple of 16, the block in which torch draws "
                                        "them; use a height and width whose latents are")
 
+# %% ../nbs/07b_runtime.ipynb #30790444
 class Noise:
     "Torch's normal numbers of one seed, in order"
     def __init__(self,
@@ -135,6 +136,7 @@ def flow_plan(
     sigma = np.minimum(bend(levels[:-1]), 1 - 1e-6) if sampler == 'unipc' else bend(1 - levels)[:0:-1]
     return Plan(np.floor(sigma*total + 1e-9), *flow_levels(sigma), config['prediction_type'])
 
+# %% ../nbs/07b_runtime.ipynb #8b26d877
 def flow_levels(
     sigma # (n,)
 )->tuple: # alpha and sigma, (n + 1,) each
@@ -326,6 +328,7 @@ def digest(
     "What a file hashes to"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+# %% ../nbs/07b_runtime.ipynb #83e8b7a4
 def read_manifest(
     folder:Path,         # what `t2i export` wrote
     check_files:bool=True # hash every file
@@ -444,6 +447,7 @@ def encode(
     session = pipeline.session('text_encoder')
     return session.run(None, {i.name: feeds[i.name].astype(np.int64) for i in session.get_inputs()})[0]
 
+# %% ../nbs/07b_runtime.ipynb #c8e4e5aa
 def context(
     pipeline,   # OnnxPipeline
     prompt:str, # text
@@ -562,6 +566,7 @@ def decode(
     pipeline.seconds['vae'] += time.perf_counter() - start
     return x
 
+# %% ../nbs/07b_runtime.ipynb #c28357a7
 def to_pictures(
     x # (b, 3, h, w) in [-1, 1]
 )->list: # PIL images
@@ -603,6 +608,7 @@ def reference_answers(
                  step=np.concatenate([pipeline.run('step', [a | dict(sample=x)])[0][0] for a in asked]))
     return found | (dict(vae_decoder=decode(pipeline, x)) if m['vae'] else {})
 
+# %% ../nbs/07b_runtime.ipynb #02483dbb
 def check_answers(
     pipeline # OnnxPipeline
 )->dict:     # name of a graph to its largest absolute error
@@ -634,6 +640,7 @@ def provenance(
     return dict(prompt=prompt, negative_prompt=how.pop('negative_prompt', ''), seed=seed) | how | dict(
         start='', pipeline=pipeline.manifest['pipeline'], backend='onnx', t2i_nb=pipeline.manifest['t2i_nb'])
 
+# %% ../nbs/07b_runtime.ipynb #a20758ed
 def save_png(
     image,      # PIL image
     path,       # file to write
