@@ -343,6 +343,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                't2i_nb.engine.cpu_pool': ('engine.html#cpu_pool', 't2i_nb/engine.py'),
                                't2i_nb.engine.half_precision': ('engine.html#half_precision', 't2i_nb/engine.py'),
                                't2i_nb.engine.join_ranks': ('engine.html#join_ranks', 't2i_nb/engine.py'),
+                               't2i_nb.engine.leave_ranks': ('engine.html#leave_ranks', 't2i_nb/engine.py'),
                                't2i_nb.engine.make_engine': ('engine.html#make_engine', 't2i_nb/engine.py'),
                                't2i_nb.engine.matmul_seconds': ('engine.html#matmul_seconds', 't2i_nb/engine.py'),
                                't2i_nb.engine.probe': ('engine.html#probe', 't2i_nb/engine.py'),

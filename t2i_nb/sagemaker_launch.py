@@ -145,7 +145,7 @@ def digest(
 class LaunchConfig:
     instance_type:str='ml.g4dn.xlarge' # of each machine
     nodes:int=1            # machines
-    spot:bool=True         # spare machines for about a third of the price, taken back at any moment?
+    spot:bool=True         # spare machines, for about half the price or less, taken back at any moment?
     region:str=''          # AWS region; that of the environment if empty
     bucket:str=''          # S3 bucket that exists; SageMaker's own of the account and region if empty
     role:str=''            # IAM role of the container, name or ARN; T2I_ROLE of the environment if empty

@@ -42,7 +42,7 @@ def test_another_number_of_machines(tmp_path):
     assert [o['nodes'] for o in r['lives']] == [2, 1] and r['same_draws'] and r['loss_difference'] < 1e-5, told
 
 LONE = '''
-import os, sys
+import os, sys, time
 from pathlib import Path
 from t2i_nb.checkpoint import checkpoint_folders, write_folder
 from t2i_nb.engine import join_ranks
@@ -53,7 +53,9 @@ def make(n): write_folder(here/'checkpoints'/f'img-{n:08d}', lambda tmp: (tmp/'s
 for n in ((8, 16), (8, 24, 32))[ranks.rank]: make(n)
 if ranks.leads: make(24)
 else: (here/'checkpoints'/'img-00000024'/'state.json').write_text('cut short')
-print(same_checkpoint(here, ranks), [p.name for p in checkpoint_folders(here)][-1], (here/'checkpoints'/'img-00000024'/'state.json').read_text())
+said = same_checkpoint(here, ranks), checkpoint_folders(here)[-1].name, (here/'checkpoints'/'img-00000024'/'state.json').read_text()
+(here/'said').write_text(' '.join(said))
+while not all((here.parent/rank/'said').is_file() for rank in '01'): time.sleep(.05) # who leaves first would cut the other off
 '''
 
 def test_machines_that_disagree(tmp_path):
@@ -61,7 +63,8 @@ def test_machines_that_disagree(tmp_path):
     (tmp_path/'lone.py').write_text(LONE)
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(tmp_path/'lone.py'), str(tmp_path)]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=600, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.stdout.splitlines() == ['img-00000024 img-00000024 24 of rank 0']*2, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(tmp_path/rank/'said').read_text() for rank in '01'] == ['img-00000024 img-00000024 24 of rank 0']*2
 
 def test_wrong_input_is_the_failure_reason(tmp_path, project):
     "One sentence, exit code 2, and the same sentence where SageMaker looks for the reason of a failure"
