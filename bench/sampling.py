@@ -10,18 +10,20 @@ Parts, any of which --what selects:
 modules     one pass of the text encoder, the UNet and the VAE decoder at batches 1 and 8, with --threads threads
 end_to_end  prompt to picture at equal steps and guidance (batches 1 and 4; 64, 128 and 256 pixels), and our cheapest setting against diffusers' 50 steps
 start       from the start of a process to the picture on disk, with ours: the exported generate.py in this Python
+precisions  the folder exported again with fewer bits: its size, how far its pictures are from torch's, and how long they take beside float32
 scores      adherence and KID of the candidates for the cheapest setting and of diffusers' 50 steps, on the same prompts and seeds
 
 Each way is a process of its own that loads once and answers questions; the ways take turns, forwards and backwards, and of each question the fastest of
 --repetitions counts in a round (other processes can only slow a repetition down). A ratio is taken in each round, the median counts. Plain diffusers is
 `StableDiffusionPipeline` as its documentation has it, with the scheduler that the run ships: the stock flow scheduler fails in that pipeline, and a step costs
 the same. Writes bench/results/sampling.json; rows of parts that were not asked for stay."""
-import argparse, datetime, json, os, statistics, subprocess, sys, time
+import argparse, datetime, json, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 PROMPT, SEED = 'a large red flower with five round petals on a blue background', 0
 # (steps, sampler, low, high): what might be the cheapest setting; guidance acts between the noise levels low and high
 CANDIDATES = [(4, 'euler_a', 0., 1.), (4, 'dpmpp_2m', 0., 1.), (4, 'euler', 0., 1.), (4, 'euler', .4, 1.), (3, 'euler', 0., 1.), (3, 'euler', .4, 1.), (3, 'euler_a', 0., 1.), (2, 'euler', 0., 1.)]
+PARTS = ['modules', 'end_to_end', 'start', 'precisions', 'scores']
 TARGETS = dict(sample_equal_steps=4, sample_equal_steps_optimum=1.5, sample_cheapest=20, unet_pass_b1=3.5, unet_pass_b8=2)
 
 def parse():
@@ -29,7 +31,7 @@ def parse():
     p.add_argument('--run-dir', type=Path, default=Path('runs/demo'))
     p.add_argument('--onnx', type=Path, help='exported folder; onnx/ of the run if not given')
     p.add_argument('--optimum-python', type=Path)
-    p.add_argument('--what', nargs='+', choices=['modules', 'end_to_end', 'start', 'scores'], default=['modules', 'end_to_end', 'start', 'scores'])
+    p.add_argument('--what', nargs='+', choices=PARTS, default=PARTS)
     p.add_argument('--steps', type=int, nargs='+', default=[12, 50], help='of equal steps')
     p.add_argument('--sizes', type=int, nargs='*', default=[128, 256], help='pixels, beside 64')
     p.add_argument('--cheapest', nargs=4, default=None, metavar=('STEPS', 'SAMPLER', 'LOW', 'HIGH'), help='our cheapest setting; what the scores say if not given')
@@ -63,7 +65,7 @@ def make_ours(a):
         if q['ask'] == 'text': return lambda: g.encode(pipe, PROMPT)
         if q['ask'] == 'unet':
             rows = [g.context(pipe, PROMPT, [500.])[0] | dict(sample=g.randn(i, (1, 8, 8, 8))) for i in range(q['batch'])]
-            return lambda: pipe.run('step', rows)
+            return lambda: pipe.run('step', rows, together=True)
         if q['ask'] == 'vae':
             z = np.concatenate([g.randn(i, (1, 8, 8, 8)) for i in range(q['batch'])])
             return lambda: g.decode(pipe, z)
@@ -222,6 +224,26 @@ def choose(found, theirs):
     good = [f for f in found if f['adherence'] >= theirs['adherence'] - theirs['std_error'] and f['kid'] <= theirs['kid'] + theirs['kid_error']]
     return min(good, key=lambda f: passes(f['setting'])) if good else None
 
+def precision_rows(args):
+    "What fewer bits save and cost"
+    sys.path.insert(0, str(root))
+    from t2i_nb.deploy import export
+    rows, picture = [], dict(ask='sample', steps=args.steps[0], batch=1, size=64, repetitions=args.repetitions)
+    with tempfile.TemporaryDirectory() as folder:
+        folders = dict(float32=args.onnx, float16=Path(folder)/'float16', int8=Path(folder)/'int8')
+        for precision, out in folders.items():
+            if out != args.onnx: export(args.run_dir, out, precision)
+        ways = {k: Way('ours', argparse.Namespace(**vars(args) | dict(onnx=out))) for k, out in folders.items()}
+        seconds = {k: min(ways[k].ask(picture)['seconds'] for _ in range(args.rounds)) for k in ways}
+        for precision, out in folders.items():
+            ways[precision].close()
+            m = json.loads((out/'manifest.json').read_text())
+            size = lambda path: sum(p.stat().st_size for p in path.rglob('*') if p.is_file() and '__pycache__' not in p.parts)/1e6
+            rows.append(dict(name=f'precision_{precision}', part='precisions', ours=size(out), theirs=size(args.onnx), ratio=size(args.onnx)/size(out), unit='MB', better='lower',
+                             against='the folder in float32', precision=precision, psnr=m['trajectory']['psnr'], time=seconds[precision]/seconds['float32'],
+                             errors={k: v['max_abs_error'] for k, v in m['modules'].items()}))
+    return rows
+
 def start_row(args):
     "Process start to picture on disk"
     out, times = args.out.parent/'.start.png', []
@@ -258,11 +280,12 @@ def main():
             print(f"{row['ratio']:6.2f}x  {row['name']} against {row['against']}: {row['ours']:.2f} and {row['theirs']:.2f} ms", flush=True)
         for w in ways.values(): w.close()
     if 'start' in args.what: rows.append(start_row(args))
-    facts = dict(device=f'{os.cpu_count()} CPU cores', threads=args.threads, precision='fp32', date=str(datetime.date.today()), load_before=list(load), seconds=round(time.perf_counter() - begun),
+    if 'precisions' in args.what: rows += precision_rows(args)
+    facts = dict(device=f'{os.cpu_count()} CPU cores', threads=args.threads, date=str(datetime.date.today()), load_before=list(load), seconds=round(time.perf_counter() - begun),
                  guidance_scale=args.guidance_scale, repetitions=args.repetitions, manifest_pipeline=json.loads((args.onnx/'manifest.json').read_text())['pipeline'],
                  versions=dict(torch=torch.__version__, diffusers=diffusers.__version__, transformers=transformers.__version__, onnxruntime=onnxruntime.__version__))
     parts = {r['part'] for r in rows}
-    args.out.write_text(json.dumps([r for r in old if r['part'] not in parts] + [r | facts for r in rows], indent=1))
+    args.out.write_text(json.dumps([r for r in old if r['part'] not in parts] + [dict(precision='fp32') | r | facts for r in rows], indent=1))
     for r in rows: print(f"{r['ratio']:6.2f}x  {r['name']}: {r['ours']:.4g} against {r['theirs']:.4g} {r['unit']}")
 
 if __name__ == '__main__': main()

@@ -426,16 +426,19 @@ class OnnxPipeline:
                 self.sessions[name, threads] = open_session(file, self.provider, threads)
             return self.sessions[name, threads]
     def run(self,
-        name:str,        # of a graph
-        rows:list        # feeds, one dict of (1, ...) arrays for each row
-    )->list:             # what comes out, one list of arrays for each row
-        "Run a graph on each row: side by side on a CPU, as one batch elsewhere"
-        if self.provider != 'cpu' and len(rows) > 1:
-            whole = self.session(name).run(None, {k: np.concatenate([r[k] for r in rows]) for k in rows[0]})
-            return [[v[i:i + 1] for v in whole] for i in range(len(rows))]
-        s = self.session(name, self.threads if len(rows) == 1 else 1)
-        if len(rows) == 1: return [s.run(None, rows[0])]
-        return list(self.pool.map(lambda r: s.run(None, r), rows))
+        name:str,           # of a graph
+        rows:list,          # feeds, one dict of (1, ...) arrays for each row
+        together:bool=False # the rows of a core as one batch? Always so off the CPU
+    )->list:                # what comes out, one list of arrays for each row
+        "Run a graph on each row, the rows shared out among the cores"
+        n = 1 if self.provider != 'cpu' else min(self.threads, len(rows)) if together else len(rows)
+        parts = [p.tolist() for p in np.array_split(np.array(rows, object), n)]
+        s = self.session(name, self.threads if n == 1 else 1)
+        def ask(part):
+            if len(part) == 1: return [s.run(None, part[0])]
+            whole = s.run(None, {k: np.concatenate([r[k] for r in part]) for k in part[0]})
+            return [[v[i:i + 1] for v in whole] for i in range(len(part))]
+        return sum(map(ask, parts) if n == 1 else self.pool.map(ask, parts), [])
 
 # %% ../nbs/07b_runtime.ipynb #8550cc13
 def encode(
@@ -454,12 +457,10 @@ def context(
     timesteps   # (n,)
 )->list:        # feeds of `step` for each timestep, without its `sample`
     "All that a prompt and the timesteps mean to the denoiser"
-    start, session = time.perf_counter(), pipeline.session('context')
-    states = encode(pipeline, prompt)
+    states, session = encode(pipeline, prompt), pipeline.session('context')
     found = session.run(None, dict(timesteps=np.asarray(timesteps, np.float32), encoder_hidden_states=states))
     found = dict(zip([o.name for o in session.get_outputs()], found))
     fixed = {k: v for k, v in found.items() if k.startswith('kv')}
-    pipeline.seconds['text'] += time.perf_counter() - start
     return [fixed | {k: v[i] for k, v in found.items() if k.startswith('mod')} for i in range(len(timesteps))]
 
 # %% ../nbs/07b_runtime.ipynb #577f6aa8
@@ -533,14 +534,15 @@ def draw_latents(
     negative = [negative_prompt or '']*len(prompts) if not isinstance(negative_prompt, list) else negative_prompt
     total, (low, high) = pipeline.config['num_train_timesteps'], guidance_interval
     guided = [guidance_scale != 1 and low <= t/total <= high for t in p.timesteps]
-    texts = {*prompts, *(negative if any(guided) else ())}
-    means = {text: context(pipeline, text, p.timesteps) for text in texts}
+    texts, start = list({*prompts, *(negative if any(guided) else ())}), time.perf_counter()
+    means = dict(zip(texts, pipeline.pool.map(lambda text: context(pipeline, text, p.timesteps), texts)))
+    pipeline.seconds['text'] += time.perf_counter() - start
     def network(x, i):
         if callback and callback(i, float(p.timesteps[i]), x) is True: raise Cancelled(f'cancelled before step {i + 1}')
         rows = [means[text][i] | dict(sample=x[j:j + 1]) for j, text in enumerate(prompts)]
         if guided[i]: rows = [means[text][i] | dict(sample=x[j:j + 1]) for j, text in enumerate(negative)] + rows
         start = time.perf_counter()
-        found = np.concatenate([r[0] for r in pipeline.run('step', rows)])
+        found = np.concatenate([r[0] for r in pipeline.run('step', rows, together=True)])
         pipeline.seconds['unet'] += time.perf_counter() - start
         return guide(found[len(x):], found[:len(x)], guidance_scale, guidance_rescale) if guided[i] else found
     noises = [Noise(s) for s in seeds]

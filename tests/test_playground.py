@@ -250,9 +250,9 @@ def user_session(browser, keep=lambda name: None, steps='300'):
         browser.until('says("settings of picture 1")')
     assert browser.js('[field("prompt").value, field("size").value]') == ['a large red flower with five round petals', '64']
     assert browser.js('field("steps").value') not in ('4', steps)
-    browser.choose('backend', browser.js('[...field("backend").options].at(-1).value'))
+    browser.choose('backend', 'onnx')
     browser.click('button("Generate")')
-    browser.until('says("backend torch → ") && thumbs().length == 3')
+    browser.until('says("backend torch → onnx") && thumbs().length == 3')
     browser.until('says("ms: text") && thumbs().length == 3')
     browser.click('button("Make it fit in")')
     browser.until('says("about ") || says("too few")')
@@ -270,8 +270,9 @@ def test_in_jupyterlab(run, tmp_path):
     if not lab: pytest.skip('no JupyterLab: pip install jupyterlab, or set T2I_JUPYTER_LAB to its jupyter-lab')
     if not chromium: pytest.skip('no Chromium: install it, or set T2I_CHROMIUM')
     pytest.importorskip('ipykernel'), pytest.importorskip('tornado')
-    cell = ('from t2i_nb.playground import Playground, TorchBackend, find_model\n'
-            f'Playground({str(run)!r}, dict(other=TorchBackend(find_model({str(run)!r}))))')
+    from t2i_nb.deploy import export # so that the panel offers ONNX beside torch
+    export(run)
+    cell = f'from t2i_nb.deploy import open_playground\nopen_playground({str(run)!r})'
     for attempt in range(4): # on a busy machine Lab now and then loses its kernel while it starts
         process, address = start_lab(lab, tmp_path/f'lab{attempt}', cell)
         browser = None

@@ -1,5 +1,5 @@
 "What `make test` runs, in order; a later step runs even where an earlier one failed. `python tools/check.py [step …]` runs some of them."
-import os, subprocess, sys, time
+import ast, os, subprocess, sys, time
 from pathlib import Path
 from fastcore.nbio import nb2str, read_nb
 from nbdev.clean import clean_nb
@@ -30,16 +30,27 @@ def library():
     stale = [o.relative_to(root).as_posix() for o in generated() if text(o) != before.get(o)]
     return say(not stale, f'Not in step with the notebooks, exported anew: {", ".join(stale)}. Commit them.') and done
 
+def never_fails(source):
+    "Does a cell call `expect_fail` without `with`? Nothing is checked then"
+    lines = '\n'.join('' if l.startswith(('%', '!')) else l for l in source.splitlines())
+    return any(isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and getattr(n.value.func, 'id', '') == 'expect_fail'
+        for n in ast.walk(ast.parse(lines)))
+
 def notebooks():
-    "The notebooks are clean and show no error"
-    untidy, broken = [], []
+    "The notebooks are clean, and show no error, no progress bar and no check that cannot fail"
+    untidy, broken, noisy, idle = [], [], [], []
     for o in pages():
         nb = read_nb(o)
-        if any(out.output_type == 'error' for c in nb.cells for out in c.get('outputs', [])): broken.append(o.name)
+        outputs = [out for c in nb.cells for out in c.get('outputs', [])]
+        if any(out.output_type == 'error' for out in outputs): broken.append(o.name)
+        if any('it/s]' in ''.join(out.get('text', '')) for out in outputs): noisy.append(o.name)
+        idle += [f'{o.name} #{c.id}' for c in nb.cells if c.cell_type == 'code' and never_fails(c.source)]
         clean_nb(nb)
         if nb2str(nb) != text(o): untidy.append(o.name)
     return (say(not untidy, f'Not clean: {", ".join(untidy)}. Give `nbdev-clean` and commit.')
-        & say(not broken, f'A stored output is an error: {", ".join(broken)}.'))
+        & say(not broken, f'A stored output is an error: {", ".join(broken)}.')
+        & say(not noisy, f'A stored output is a progress bar: {", ".join(noisy)}. Turn it off in a hidden cell, and run the page again.')
+        & say(not idle, f'`expect_fail` checks nothing without `with`: {", ".join(idle)}.'))
 
 def readme():
     "README.md and CONTRIBUTING.md are what their notebooks say"
