@@ -470,11 +470,12 @@ class Playground:
         self.lock = W.ToggleButton(value=True, icon='lock', tooltip='keep the seed', layout=L(width='40px'))
         self.limit, self.progress = W.FloatText(200, layout=L(width='90px')), W.FloatProgress(max=1)
         self.status, self.about, self.gallery = W.HTML(), W.HTML(), W.Box(layout=L(flex_flow='row wrap'))
-        self.pinned, self.picture = [W.Image(layout=L(width='256px', height='256px', margin='2px')) for _ in range(2)]
+        self.pinned, self.picture = [W.Image(layout=L(width='256px', max_width='48%', object_fit='contain', margin='2px'))
+                                     for _ in range(2)]
         left = [f['prompt'], f['negative_prompt'], W.HBox([f['seed'], b['dice'], self.lock]), *list(f.values())[3:],
                 W.HBox([b['generate'], b['cancel'], b['compare']]), W.HBox([b['fit'], self.limit, W.Label('ms')])]
         right = [W.HBox([self.pinned, self.picture]), self.progress, self.status, self.about, self.gallery]
-        self.box = W.HBox([W.VBox(left, layout=L(width='340px')), W.VBox(right, layout=L(width='540px'))])
+        self.box = W.HBox([W.VBox(left, layout=L(width='340px')), W.VBox(right, layout=L(flex='0 1 540px', min_width='0'))])
         b['generate'].button_style, f['seed'].layout, self.progress.layout = 'primary', L(width='230px'), L(width='98%')
         self.update()
     def show(self): display(self.box)

@@ -267,7 +267,7 @@ def test_in_jupyterlab(run, tmp_path):
     beside = Path(sys.executable).with_name('jupyter-lab')
     lab = str(beside) if beside.is_file() else find_program('T2I_JUPYTER_LAB', 'jupyter-lab')
     chromium = find_program('T2I_CHROMIUM', 'chromium', 'chromium-browser', 'google-chrome')
-    if not lab: pytest.skip('no JupyterLab: pip install jupyterlab, or set T2I_JUPYTER_LAB to its jupyter-lab')
+    if not lab: pytest.skip('no JupyterLab: pip install jupyterlab, or set T2I_JUPYTER_LAB to one in an environment that also has ipywidgets')
     if not chromium: pytest.skip('no Chromium: install it, or set T2I_CHROMIUM')
     pytest.importorskip('ipykernel'), pytest.importorskip('tornado')
     from t2i_nb.deploy import export # so that the panel offers ONNX beside torch
