@@ -10,11 +10,13 @@ whole process: drawing the flowers, encoding them once, training, validation, ch
 
 The script: noise prediction, uniform timesteps, no EMA, a constant rate, batches as large as ours. Each of --rates is trained for --first pictures; the rate whose
 pictures follow 256 seen prompts best goes on from its checkpoint until its seconds are --times those of ours, or the goal is reached, and is scored at every
---every pictures. Its seconds are those of its steps alone. It is drawn with 25 steps of DPM-Solver++ and the guidance of 1, 1.25, 1.5, 2 and 3 that follows seen
-prompts best at each checkpoint, since it trains no empty caption.
+--every pictures. Its seconds are those of its steps alone.
+
+Both are drawn with DPM-Solver++, ours with the 12 steps of its recipe and the script's with 25, and with the guidance of 1, 1.25, 1.5, 2 and 3 that follows seen
+prompts best: nothing but adherence is asked for here.
 
 Seconds are processor seconds of one thread, which other processes hardly change. What is measured is remembered in --work-dir, so the same command goes on;
---only does one side, so that both can run at once. Writes bench/results/time_to_adherence.json. About three hours of one core."""
+--only does one side, so that both can run at once. Writes bench/results/time_to_adherence.json. About two hours of one core."""
 import argparse, datetime, hashlib, json, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 root = Path(__file__).resolve().parents[1]
@@ -28,7 +30,7 @@ def parse():
     p.add_argument('--commit', required=True)
     p.add_argument('--extra-path', type=Path)
     p.add_argument('--goal', type=float, default=.85)
-    p.add_argument('--lengths', type=int, nargs='+', default=[12_000, 14_000, 16_000, 20_000], help='of ours, in pictures')
+    p.add_argument('--lengths', type=int, nargs='+', default=[4_000, 6_000, 8_000, 10_000, 12_000], help='of ours, in pictures')
     p.add_argument('--rates', nargs='+', default=['1e-4', '3e-4', '1e-3'])
     p.add_argument('--first', type=int, default=16_000, help='pictures after which a rate is chosen')
     p.add_argument('--every', type=int, default=16_000, help='pictures between scores')
@@ -73,8 +75,8 @@ def train_ours(args, length):
     from t2i_nb.core import load_config
     from t2i_nb.sampling import load_pipeline
     from t2i_nb.train import RunConfig
-    cfg = load_config(run/'config.yaml', RunConfig) # its guidance was chosen on seen prompts when the recipe was made
-    return json.loads(done.stdout.splitlines()[-1]) | follow(load_pipeline(run), args.n_scored, [cfg.sample.guidance_scale], cfg.sample.num_inference_steps, args.n_scored)
+    cfg = load_config(run/'config.yaml', RunConfig)
+    return json.loads(done.stdout.splitlines()[-1]) | follow(load_pipeline(run), args.n_scored, SCALES, cfg.sample.num_inference_steps, args.n_seen)
 
 def train_here(run, length):
     "`t2i train demo` in this process, timed"

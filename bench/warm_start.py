@@ -6,9 +6,9 @@ The recipe is that of bench/photographs.py: 128 pixels, the small pretrained VAE
 (MIT-licensed, "a 3D render of a sunflower"), then models are trained on photographs: cold ones from noise, warm ones from the emoji model's averaged weights (`train.init_from`), each a run of
 its own length with its own schedule, and all with the same settings and seed. They are judged by KID (EfficientNet-lite0) between 240 of their pictures and the
 test photographs that repeat no training photograph. The emoji's own pictures are not counted: one model serves many warm starts; the row names them. Needs what
-bench/photographs.py needs. What is measured is remembered, so the same command goes on; about three quarters of an hour of one core. Writes
+bench/photographs.py needs. What is measured is remembered, so the same command goes on; about 40 minutes of one core. Writes
 bench/results/warm_start.json."""
-import argparse, datetime, json, sys
+import argparse, datetime, json, shutil, sys
 from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(root), str(root/'bench'), str(root/'tests')]
@@ -16,9 +16,9 @@ sys.path[:0] = [str(root), str(root/'bench'), str(root/'tests')]
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--run-dir', type=Path, default=Path('runs/warm_start'))
-    p.add_argument('--emoji', type=int, default=16_000, help='pictures that the emoji model sees')
-    p.add_argument('--cold', type=int, nargs='+', default=[8_000], help='pictures of the cold runs; the longest is the goal')
-    p.add_argument('--warm', type=int, nargs='+', default=[4_000, 6_000], help='pictures of the warm runs')
+    p.add_argument('--emoji', type=int, default=6_000, help='pictures that the emoji model sees')
+    p.add_argument('--cold', type=int, nargs='+', default=[6_000], help='pictures of the cold runs; the longest is the goal')
+    p.add_argument('--warm', type=int, nargs='+', default=[3_000, 4_000], help='pictures of the warm runs')
     p.add_argument('--threads', type=int, default=0, help='0 leaves the choice to torch')
     return p.parse_args()
 
@@ -31,17 +31,22 @@ def overrides(data, vae, n, **changes):
 
 def score(run, network, test):
     "KID of 240 pictures of a run, with its standard error, and its validation loss"
+    import diffusers
     from t2i_nb.cli import run_config
     from t2i_nb.evaluation import evaluate_generator
-    from t2i_nb.sampling import load_pipeline, sample
+    from t2i_nb.sampling import build_pipeline, sample
     from t2i_nb.tracking import read_metrics
+    from t2i_nb.train import load_components
+    from t2i_nb.unet import Objective
     file = run/'score.json'
     if not file.is_file():
-        pipeline, cfg = load_pipeline(run), run_config(run).sample
+        whole = run_config(run) # diffusers cannot load the patched VAE by its name
+        unet = diffusers.UNet2DConditionModel.from_pretrained(run/'pipeline'/'unet', low_cpu_mem_usage=False)
+        pipeline, cfg = build_pipeline(unet.eval(), load_components(whole), Objective(whole.objective)), whole.sample
         def generate(prompts, seeds): return sample(pipeline, prompts, seeds, cfg.num_inference_steps, cfg.guidance_scale)
         kid = evaluate_generator(generate, 240, test, features='efficientnet-lite0').kid
         losses = [m['validation_loss'] for m in read_metrics(run) if 'validation_loss' in m]
-        file.write_text(json.dumps(dict(kid=kid['mean'], kid_error=kid['std_error'], validation_loss=losses[-1], seconds=read_metrics(run)[-1]['seconds'])))
+        file.write_text(json.dumps(dict(kid=kid['mean'], kid_error=kid['std_error'], validation_loss=losses[-1])))
     return json.loads(file.read_text())
 
 def main():
@@ -61,8 +66,12 @@ def main():
     network, beginning = load_feature_network('efficientnet-lite0'), args.run_dir/f'emoji-{args.emoji}'
     train('folder', beginning, overrides(flowers, vae, args.emoji, **{'data.source': emoji, 'text.max_length': 32}))
     points = []
+    def share_cache(run): # of latents and token states, which do not depend on the beginning
+        made = next((p for p in args.run_dir.glob('*[0-9]/cache') if p.parent.name.startswith(('cold', 'warm'))), None)
+        if made and not (run/'cache').is_dir(): shutil.copytree(made, run/'cache')
     for kind, n in [*(('cold', n) for n in args.cold), *(('warm', n) for n in args.warm)]:
         run = args.run_dir/(f'{kind}-{n}' if kind == 'cold' else f'{kind}-{n}-of-{args.emoji}')
+        share_cache(run)
         train('folder', run, overrides(flowers, vae, n, **({'train.init_from': beginning} if kind == 'warm' else {})))
         points.append(dict(start=kind, pictures=n, **score(run, network, test)))
         print(points[-1], flush=True)

@@ -204,6 +204,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              't2i_nb.core.pretrained_dir': ('core.html#pretrained_dir', 't2i_nb/core.py'),
                              't2i_nb.core.read_exponents': ('core.html#read_exponents', 't2i_nb/core.py'),
                              't2i_nb.core.read_yaml': ('core.html#read_yaml', 't2i_nb/core.py'),
+                             't2i_nb.core.replace_file': ('core.html#replace_file', 't2i_nb/core.py'),
                              't2i_nb.core.save_config': ('core.html#save_config', 't2i_nb/core.py'),
                              't2i_nb.core.show_images': ('core.html#show_images', 't2i_nb/core.py'),
                              't2i_nb.core.to_dict': ('core.html#to_dict', 't2i_nb/core.py'),

@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 from PIL import Image
 from .captions import byte_letters, hash_weights
-from .core import InputError, lazy, only_writer
+from .core import InputError, lazy, only_writer, replace_file
 from .data import WORDS, ImageCaptionDataset, open_image
 from .scan import file_bytes, in_threads, opened, picture_findings
 from .sources import read_table, read_text
@@ -206,7 +206,7 @@ def continue_table(
                                "that, or name another file")
     data = out.read_bytes()
     kept = whole_rows(data)
-    if kept != data: Path(f'{out}.part').write_bytes(kept), os.replace(f'{out}.part', out)
+    if kept != data: replace_file(out, kept)
     try: header = next(csv.reader([kept.decode('utf-8-sig').partition('\n')[0].strip()]), [])
     except UnicodeDecodeError: raise InputError(f"{out} is not in UTF-8; save it as a CSV file in UTF-8") from None
     if kept and header[:2] != ['file_name', 'text']:

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from fastcore.imports import in_ipython
 from pathlib import Path
 from safetensors import SafetensorError
-from .core import InputError, lazy
+from .core import InputError, lazy, replace_file
 from .tracking import read_metrics
 
 # %% ../nbs/03d_checkpoint.ipynb #088cf280
@@ -137,9 +137,7 @@ def rewind_metrics(
 ):
     "Drop the lines that a killed run wrote after its last checkpoint"
     kept = [r for r in read_metrics(run_dir) if r['images_seen'] <= images_seen]
-    tmp = Path(run_dir)/'metrics.jsonl.tmp'
-    tmp.write_text(''.join(json.dumps(r) + '\n' for r in kept))
-    os.replace(tmp, Path(run_dir)/'metrics.jsonl')
+    replace_file(Path(run_dir)/'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in kept))
 
 # %% ../nbs/03d_checkpoint.ipynb #9dfae5b9
 WEIGHTS = ('pipeline/unet/diffusion_pytorch_model.safetensors', 'unet/diffusion_pytorch_model.safetensors',
@@ -216,9 +214,9 @@ class Ledger:
     written:float=0.       # when the file was
     def write(self):
         "Replace `cost.json`"
-        self.written, file = time.monotonic(), Path(self.run_dir)/'cost.json'
+        self.written = time.monotonic()
         content = dict(predicted_seconds=self.predicted or None, lives=[*self.earlier, self.life])
-        Path(f'{file}.tmp').write_text(json.dumps(content, indent=1)); os.replace(f'{file}.tmp', file)
+        replace_file(Path(self.run_dir)/'cost.json', json.dumps(content, indent=1))
     def note(self,
         images_seen:int, # so far
         now:bool=False   # write it, however short the time since the last?

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from .captions import encoder_places
-from .core import InputError, from_dict, lazy, load_config, nearest, pretrained_dir, to_dict
+from .core import InputError, from_dict, lazy, load_config, nearest, pretrained_dir, replace_file, to_dict
 from .tracking import read_metrics
 from .train import N_BINS, RunConfig, check_share
 from .unet import unet_keys
@@ -429,6 +429,5 @@ def calibrate(
                  instance_type=machine.name, run=Path(run_dir).name)
     where = calibration_file()
     where.parent.mkdir(parents=True, exist_ok=True)
-    Path(f'{where}.tmp').write_text(json.dumps(read_calibration() | {machine.gpu: noted}, indent=1))
-    os.replace(f'{where}.tmp', where)
+    replace_file(where, json.dumps(read_calibration() | {machine.gpu: noted}, indent=1))
     return noted

@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 from .core import (InputError, Tensor, best_device, from_dict, keyed_generator, keyed_rng, keyed_seed, lazy,
-                         load_config, load_function, nearest, pretrained_dir, show_images, to_dict)
+                         load_config, load_function, nearest, pretrained_dir, replace_file, show_images, to_dict)
 from .data import (ATTRIBUTES, DataConfig, caption_flower, draw_flower, held_out_triples, image_to_tensor,
                          random_attributes)
 from .scan import load_usable, without_near_copies
@@ -636,9 +636,7 @@ def save_evaluation(
     "Write an evaluation, whole or not at all"
     path = Path(path)
     if path.is_dir(): path = path/'evaluation.json'
-    part = path.with_suffix('.part')
-    part.write_text(json.dumps(asdict(evaluation), indent=1) + '\n')
-    return part.replace(path)
+    return replace_file(path, json.dumps(asdict(evaluation), indent=1) + '\n')
 
 # %% ../nbs/08_evaluation.ipynb #7cd21711
 def load_evaluation(

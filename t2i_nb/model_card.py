@@ -10,12 +10,11 @@ __all__ = ['PATHS', 'SAYS', 'SAMPLER_NAMES', 'LOADS', 'last_name', 'presentable'
 # %% ../nbs/08b_model_card.ipynb #925743ac
 import json
 import math
-import os
 import re
 import yaml
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from .checkpoint import cost_summary
-from .core import InputError, load_config, to_dict
+from .core import InputError, load_config, replace_file, to_dict
 from .evaluation import Evaluation, load_evaluation
 from .tracking import read_metrics
 from .train import RunConfig
@@ -297,8 +296,4 @@ def save_model_card(
     run_dir:Path # a run that has a pipeline
 )->Path:         # model_card.md
     "Write the card of a run, whole or not at all"
-    path = Path(run_dir)/'model_card.md'
-    part = path.with_suffix('.part')
-    part.write_text(model_card(run_dir), encoding='utf-8')
-    os.replace(part, path)
-    return path
+    return replace_file(Path(run_dir)/'model_card.md', model_card(run_dir))

@@ -35,7 +35,7 @@ from types import SimpleNamespace
 import t2i_nb
 from .cost import (EXPECTED, FINISH, HIGH, INSTANCES, Estimate, estimate as estimate_cost, find_instance,
                          next_priced, prices)
-from .core import InputError, flat, lazy, package_dir, save_config, to_dict
+from .core import InputError, flat, lazy, package_dir, replace_file, save_config, to_dict
 from .sources import KNOWN_SETS, load_dataset
 from .train import MAY_CHANGE, RunConfig, check_run
 
@@ -674,7 +674,7 @@ def launch(
     with capacity(how), aws_errors('create the training job'): request = make_request(how, plan, session, False, put)
     said = dict(job=request['TrainingJobName'], region=how.region, launched=datetime.now(timezone.utc).isoformat(
         timespec='seconds'), goes_on_from=begun, sent=total, **said | dict(request=request))
-    Path(f'{out}.tmp').write_text(json.dumps(said, indent=1, default=str)); os.replace(f'{out}.tmp', out)
+    replace_file(out, json.dumps(said, indent=1, default=str))
     return said
 
 # %% ../nbs/05_sagemaker_launch.ipynb #f0592e30

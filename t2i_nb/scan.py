@@ -13,7 +13,6 @@ __all__ = ['plt', 'MAX_PIXELS', 'LEFT_OR_RIGHT', 'MAX_BITS', 'MAX_GREY', 'RARE',
 import hashlib
 import io
 import json
-import os
 import re
 import textwrap
 import warnings
@@ -22,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from .core import InputError, lazy
+from .core import InputError, lazy, replace_file
 from .data import DataConfig, ImageCaptionDataset, open_image
 from .sources import Source, load_dataset
 
@@ -135,8 +134,7 @@ def look_at_all(
     found = list(in_threads(check, n, progress))
     if memo and not known.keys() >= dict(found).keys():
         Path(memo).parent.mkdir(parents=True, exist_ok=True)
-        part = Path(f'{memo}.{os.getpid()}.tmp')
-        part.write_text(json.dumps(known | dict(found))); os.replace(part, memo)
+        replace_file(memo, json.dumps(known | dict(found)))
     return [fact for _, fact in found]
 
 # %% ../nbs/00c_scan.ipynb #4fd071f7

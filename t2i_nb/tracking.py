@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from importlib.util import find_spec
 from pathlib import Path
-from .core import InputError, flat, lazy, nearest, only_writer, read_yaml
+from .core import InputError, flat, lazy, nearest, only_writer, read_yaml, replace_file
 
 # %% ../nbs/03c_tracking.ipynb #05b465c2
 np, wandb, figures = lazy('numpy'), lazy('wandb'), lazy('matplotlib.figure')
@@ -255,9 +255,7 @@ def save_notes(
     notes:dict    # as `read_notes` gave them, and changed
 ):
     "Replace `tracking.json` in one step"
-    tmp = Path(run_dir)/'tracking.json.tmp'
-    tmp.write_text(json.dumps(notes, indent=1))
-    os.replace(tmp, Path(run_dir)/'tracking.json')
+    replace_file(Path(run_dir)/'tracking.json', json.dumps(notes, indent=1))
 
 # %% ../nbs/03c_tracking.ipynb #23296df7
 def new_pictures(

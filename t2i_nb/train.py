@@ -29,7 +29,7 @@ from .captions import TextConfig, build_text_cache, load_text_encoder
 from .checkpoint import (Ledger, drop_old_checkpoints, find_weights, is_valid, load_checkpoint,
                                newest_checkpoint, open_ledger, rewind_metrics, save_checkpoint, warm_start)
 from .core import (InputError, Tensor, flat, keyed_generator, keyed_seed, lazy, load_config, nearest,
-                         only_writer, pretrained_dir, save_config, to_dict)
+                         only_writer, pretrained_dir, replace_file, save_config, to_dict)
 from .data import DataConfig
 from .engine import (PRECISIONS, EngineConfig, Probe, Ranks, choose_precision, join_ranks, make_engine,
                            probe, this_rank)
@@ -357,7 +357,7 @@ def check_pictures(
         raise InputError(f"the training pictures are not those that {run_dir} began with ({what}); put them back, "
                          f"use another --run-dir, or delete {file} to go on with these")
     if data.fingerprint:
-        Path(f'{file}.tmp').write_text(json.dumps(now)); os.replace(f'{file}.tmp', file)
+        replace_file(file, json.dumps(now))
 
 # %% ../nbs/04_train_deepspeed.ipynb #127ff158
 @dataclass
