@@ -15,13 +15,13 @@ pictures follow 256 seen prompts best goes on from its checkpoint until its seco
 Both are drawn with DPM-Solver++, ours with the 12 steps of its recipe and the script's with 25, and with the guidance of 1, 1.25, 1.5, 2 and 3 that follows seen
 prompts best: nothing but adherence is asked for here.
 
-Seconds are processor seconds of one thread, which other processes hardly change. What is measured is remembered in --work-dir, so the same command goes on;
---only does one side, so that both can run at once. Writes bench/results/time_to_adherence.json. About two hours of one core."""
-import argparse, datetime, hashlib, json, os, re, subprocess, sys, tempfile, time
+Seconds are processor seconds of one thread; other processes lengthen them by up to a fifth. What is measured is remembered in --work-dir, so the same command
+goes on. Writes bench/results/time_to_adherence.json. About two hours of one core."""
+import argparse, datetime, hashlib, json, os, shutil, subprocess, sys, time
 from pathlib import Path
 root = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(root), str(root/'bench')]
-from train import RUNNER, STAND_IN, accelerate_version, cpu_seconds, make_part
+from train import accelerate_version, follow_script, make_part
 SCALES, STEPS, BATCH = (1., 1.25, 1.5, 2., 3.), 25, 16
 
 def parse():
@@ -37,10 +37,10 @@ def parse():
     p.add_argument('--times', type=float, default=10., help="how many times our seconds the script gets")
     p.add_argument('--n-scored', type=int, default=256)
     p.add_argument('--n-seen', type=int, default=64, help='seen prompts that choose the guidance of later checkpoints')
-    p.add_argument('--only', choices=['ours', 'script'], help='measure one side; writes no results')
     p.add_argument('--work-dir', type=Path, default=Path('runs/time_to_adherence'))
     p.add_argument('--out', type=Path, default=root/'bench'/'results'/'time_to_adherence.json')
     p.add_argument('--train', nargs=2, help=argparse.SUPPRESS)
+    p.set_defaults(threads=1)
     return p.parse_args()
 
 def remember(args, key, compute):
@@ -80,7 +80,7 @@ def train_ours(args, length):
 
 def train_here(run, length):
     "`t2i train demo` in this process, timed"
-    import shutil, torch
+    import torch
     from t2i_nb.cli import train
     torch.set_num_threads(1)
     shutil.rmtree(run, ignore_errors=True) # a half of a run would look cheap
@@ -89,26 +89,10 @@ def train_here(run, length):
     print(json.dumps(dict(seconds=time.process_time() - begun)))
 
 def run_script(args, rate, pictures):
-    "Train with the script up to so many pictures, from its newest checkpoint; processor seconds of its steps, by its own progress bar"
-    folder, out, steps = (args.work_dir/'tiny').resolve(), (args.work_dir/'script'/rate).resolve(), pictures//BATCH
-    with tempfile.TemporaryDirectory() as temp:
-        temp = Path(temp)
-        (temp/'path'/'torchvision').mkdir(parents=True)
-        (temp/'run.py').write_text(RUNNER)
-        (temp/'path'/'torchvision'/'transforms.py').write_text(STAND_IN)
-        env = os.environ | dict(PYTHONPATH=str(args.extra_path.resolve()) if args.extra_path else '', STAND_IN=str(temp/'path'), OMP_NUM_THREADS='1',
-                                CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1', HF_HOME=str(temp/'hf'), HF_DATASETS_DISABLE_PROGRESS_BARS='1', HF_DATASETS_CACHE=str(folder/'datasets'))
-        words = [sys.executable, temp/'run.py', args.script.resolve(), '--pretrained_model_name_or_path', folder/'models', '--train_data_dir', folder/'pictures',
-                 '--image_column', 'image', '--caption_column', 'text', '--resolution', 64, '--train_batch_size', BATCH, '--seed', 0, '--max_train_steps', steps,
-                 '--learning_rate', rate, '--lr_scheduler', 'constant', '--checkpointing_steps', args.every//BATCH, '--resume_from_checkpoint', 'latest',
-                 '--output_dir', out, '--report_to', 'tensorboard', '--mixed_precision', 'no']
-        child = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=temp)
-        marks, said = {}, b''
-        while part := os.read(child.stdout.fileno(), 65536):
-            cpu, said = cpu_seconds(child.pid), said[-20_000:] + part
-            for n in re.findall(rb'Steps:[^\r\n]*?\| *(\d+)/\d+ \[', said[-len(part) - 200:]): marks.setdefault(int(n), cpu)
-        if child.wait() or len(marks) < 10: sys.exit(f"the script failed\n{said.decode(errors='replace')[-6000:]}")
-    (a, first), (b, last) = min(marks.items()), max(marks.items())
+    "Train with the script up to so many pictures, from its newest checkpoint; processor seconds of its steps"
+    marks, _ = follow_script(args, args.script, args.work_dir/'tiny', 64, BATCH, pictures//BATCH, args.work_dir/'script'/rate, '--learning_rate', rate,
+                             '--lr_scheduler', 'constant', '--checkpointing_steps', args.every//BATCH, '--resume_from_checkpoint', 'latest')
+    (a, (_, first)), (b, (_, last)) = min(marks.items()), max(marks.items())
     return dict(seconds_per_picture=(last - first)/(b - a)/BATCH, steps=b - a)
 
 def score_script(args, rate, pictures):
@@ -135,7 +119,7 @@ def measure_script(args, allowed):
     first = {r: (train(r, args.first), score(r, args.first))[1] for r in args.rates}
     best = max(first, key=lambda r: first[r]['seen'])
     curve, n = [first[best] | dict(pictures=args.first, seconds=args.first*speed(best))], args.first
-    while curve[-1]['mean'] < args.goal and curve[-1]['seconds'] < allowed():
+    while curve[-1]['mean'] < args.goal and curve[-1]['seconds'] < allowed:
         n += args.every
         seconds = curve[-1]['seconds'] + args.every*train(best, n)['seconds_per_picture']
         curve.append(score(best, n) | dict(pictures=n, seconds=seconds))
@@ -150,13 +134,8 @@ def main():
     for kind in (diffusers, transformers): kind.utils.logging.disable_progress_bar(); kind.utils.logging.set_verbosity_error()
     from t2i_nb.evaluation import describe_device
     made = remember(args, 'made', lambda: make_part('tiny', args.work_dir/'tiny'))
-    if args.only == 'ours': return measure_ours(args)
-    def allowed(): # asked only when the script has been going for a while
-        while args.only and not any(o['mean'] >= args.goal for o in known_ours(args)): time.sleep(20)
-        return args.times*measure_ours(args)[-1]['seconds']
-    first, best, curve = measure_script(args, allowed)
-    if args.only: return
     ours = measure_ours(args)
+    first, best, curve = measure_script(args, args.times*ours[-1]['seconds'])
     reached, mine, last = curve[-1]['mean'] >= args.goal, ours[-1], curve[-1]
     row = dict(name=f'processor seconds until {args.goal:g} of the attributes of withheld prompts are right', ours=mine['seconds'], theirs=last['seconds'],
                ratio=last['seconds']/mine['seconds'], unit='CPU s', better='lower', part='time_to_adherence', target=10, against='train_text_to_image.py of diffusers',
@@ -167,9 +146,5 @@ def main():
                accelerate=accelerate_version(args)), **{k: made[k] for k in ('unet_parameters', 'vae_parameters', 'text_encoder_parameters', 'pictures')})
     args.out.write_text(json.dumps([row], indent=1))
     print(json.dumps({k: v for k, v in row.items() if k not in ('versions', 'scales')}, indent=1))
-
-def known_ours(args):
-    "What is measured of ours so far"
-    return [json.loads(f.read_text()) for f in (args.work_dir/'points').glob('ours-*.json')]
 
 if __name__ == '__main__': main()

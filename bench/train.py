@@ -189,39 +189,42 @@ def run_ours(part, folder, batch, warm, measured):
         assert not state.skipped and state.loss < 10, state.loss
     return dict(seconds=seconds, cpu_seconds=cpu, loss=state.loss)
 
-def run_script(args, folder, size, batch, warm, measured, cached):
-    "The same of the script, by its own progress bar"
-    temp, text = Path(tempfile.mkdtemp()), args.script.read_text()
-    try:
+def follow_script(args, script, folder, size, batch, steps, out, *more):
+    "Run the script; when each step was done, by its own progress bar ({step: (wall clock, processor seconds)}), and the end of what it said"
+    with tempfile.TemporaryDirectory() as temp:
+        temp, folder = Path(temp), folder.resolve()
         (temp/'path'/'torchvision').mkdir(parents=True)
         (temp/'run.py').write_text(RUNNER)
         (temp/'path'/'torchvision'/'transforms.py').write_text(STAND_IN)
-        script = args.script.resolve()
-        if cached:
-            for old, new in PATCHES.items():
-                assert text.count(old) == 1, f'the script has {text.count(old)} times: {old}'
-                text = text.replace(old, new)
-            script = temp/'cached.py'
-            script.write_text(text)
-        folder = folder.resolve()
         env = os.environ | dict(PYTHONPATH=str(args.extra_path.resolve()) if args.extra_path else '', STAND_IN=str(temp/'path'),
                                 OMP_NUM_THREADS=str(args.threads), CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1', HF_HOME=str(temp/'hf'),
                                 HF_DATASETS_DISABLE_PROGRESS_BARS='1', HF_DATASETS_CACHE=str(folder/'datasets'),
                                 CACHED_PAIRS=str(folder/'pairs.safetensors'))
-        words = [sys.executable, temp/'run.py', script, '--pretrained_model_name_or_path', folder/'models',
+        words = [sys.executable, temp/'run.py', script.resolve(), '--pretrained_model_name_or_path', folder/'models',
                  '--train_data_dir', folder/'pictures', '--image_column', 'image', '--caption_column', 'text', '--resolution', size,
-                 '--train_batch_size', batch, '--seed', 0, '--max_train_steps', warm + measured, '--output_dir', temp/'out',
-                 '--report_to', 'tensorboard', '--mixed_precision', 'no']
+                 '--train_batch_size', batch, '--seed', 0, '--max_train_steps', steps, '--output_dir', out.resolve(),
+                 '--report_to', 'tensorboard', '--mixed_precision', 'no', *more]
         child = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=temp)
         marks, said = {}, b''
         while part := os.read(child.stdout.fileno(), 65536):
             now, cpu, said = time.perf_counter(), cpu_seconds(child.pid), said[-20_000:] + part
             for n in re.findall(rb'Steps:[^\r\n]*?\| *(\d+)/\d+ \[', said[-len(part) - 200:]): marks.setdefault(int(n), (now, cpu))
-        if child.wait() or not {warm, warm + measured} <= marks.keys():
-            sys.exit(f"the script failed\n{said.decode(errors='replace')[-6000:]}")
+        if child.wait() or steps not in marks: sys.exit(f"the script failed\n{said.decode(errors='replace')[-6000:]}")
+        return marks, said
+
+def run_script(args, folder, size, batch, warm, measured, cached):
+    "Seconds of the script between two marks"
+    with tempfile.TemporaryDirectory() as temp:
+        script, text = args.script, args.script.read_text()
+        if cached:
+            for old, new in PATCHES.items():
+                assert text.count(old) == 1, f'the script has {text.count(old)} times: {old}'
+                text = text.replace(old, new)
+            script = Path(temp)/'cached.py'
+            script.write_text(text)
+        marks, said = follow_script(args, script, folder, size, batch, warm + measured, Path(temp)/'out')
         (a, cpu_a), (b, cpu_b) = marks[warm], marks[warm + measured]
         return dict(seconds=b - a, cpu_seconds=cpu_b - cpu_a, loss=float(re.findall(rb'step_loss=([\d.]+)', said)[-1]))
-    finally: shutil.rmtree(temp, ignore_errors=True)
 
 def in_process(args, *words):
     "One of our own measurements, in a process of its own"

@@ -2,12 +2,11 @@
 
     python bench/warm_start.py --run-dir runs/warm_start
 
-The recipe is that of bench/photographs.py: 128 pixels, the small pretrained VAE, MiniLM. A model is first trained on --emoji pictures of emoji
-(MIT-licensed, "a 3D render of a sunflower"), then models are trained on photographs: cold ones from noise, warm ones from the emoji model's averaged weights (`train.init_from`), each a run of
-its own length with its own schedule, and all with the same settings and seed. They are judged by KID (EfficientNet-lite0) between 240 of their pictures and the
-test photographs that repeat no training photograph. The emoji's own pictures are not counted: one model serves many warm starts; the row names them. Needs what
-bench/photographs.py needs. What is measured is remembered, so the same command goes on; about 40 minutes of one core. Writes
-bench/results/warm_start.json."""
+The recipe is that of bench/photographs.py: 128 pixels, the small pretrained VAE, MiniLM. A model is first trained on --emoji pictures of emoji ("a 3D render
+of a sunflower"), then models are trained on photographs: cold ones from noise, warm ones from the emoji model's averaged weights (`train.init_from`), each a run
+of its own length with its own schedule, and all with the same settings and seed. They are judged by KID (EfficientNet-lite0) between 240 of their pictures and
+the test photographs that repeat no training photograph. The emoji's own pictures are not counted: one model serves many warm starts; the row names them. Needs
+what bench/photographs.py needs. What is measured is remembered, so the same command goes on; about 40 minutes of one core. Writes bench/results/warm_start.json."""
 import argparse, datetime, json, shutil, sys
 from pathlib import Path
 root = Path(__file__).resolve().parents[1]
@@ -22,12 +21,10 @@ def parse():
     p.add_argument('--threads', type=int, default=0, help='0 leaves the choice to torch')
     return p.parse_args()
 
-def overrides(data, vae, n, **changes):
+def overrides(data, vae, n, *more):
     "What differs from the recipe `folder`; without grids in between"
     from photographs import recipe
-    quick = dict({'train.checkpoint_images': n, 'train.validation_images': n, 'train.keep_checkpoints': 1} | changes)
-    given = dict(o.split('=', 1) for o in recipe(data, vae, n)) | {k: str(v) for k, v in quick.items()}
-    return [f'{k}={v}' for k, v in given.items()]
+    return [*recipe(data, vae, n), f'train.checkpoint_images={n}', f'train.validation_images={n}', 'train.keep_checkpoints=1', *more]
 
 def score(run, network, test):
     "KID of 240 pictures of a run, with its standard error, and its validation loss"
@@ -64,15 +61,13 @@ def main():
     vae = args.run_dir/'vae'
     taef2.save_taef2(conftest.data_dir/'taef2_vae', vae, training.batch(range(256)).split(32))
     network, beginning = load_feature_network('efficientnet-lite0'), args.run_dir/f'emoji-{args.emoji}'
-    train('folder', beginning, overrides(flowers, vae, args.emoji, **{'data.source': emoji, 'text.max_length': 32}))
+    train('folder', beginning, overrides(flowers, vae, args.emoji, f'data.source={emoji}', 'text.max_length=32'))
     points = []
-    def share_cache(run): # of latents and token states, which do not depend on the beginning
-        made = next((p for p in args.run_dir.glob('*[0-9]/cache') if p.parent.name.startswith(('cold', 'warm'))), None)
-        if made and not (run/'cache').is_dir(): shutil.copytree(made, run/'cache')
+    cache = args.run_dir/f'cold-{args.cold[0]}'/'cache' # of latents and token states, which do not depend on the beginning
     for kind, n in [*(('cold', n) for n in args.cold), *(('warm', n) for n in args.warm)]:
         run = args.run_dir/(f'{kind}-{n}' if kind == 'cold' else f'{kind}-{n}-of-{args.emoji}')
-        share_cache(run)
-        train('folder', run, overrides(flowers, vae, n, **({'train.init_from': beginning} if kind == 'warm' else {})))
+        if cache.is_dir() and not (run/'cache').is_dir(): shutil.copytree(cache, run/'cache')
+        train('folder', run, overrides(flowers, vae, n, *([f'train.init_from={beginning}'] if kind == 'warm' else [])))
         points.append(dict(start=kind, pictures=n, **score(run, network, test)))
         print(points[-1], flush=True)
     goal = next(p for p in points if p['pictures'] == max(args.cold) and p['start'] == 'cold')

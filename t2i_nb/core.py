@@ -220,7 +220,7 @@ def save_config(
     path  # YAML file to write
 ):
     "Write every field of `cfg` to `path`, so that `load_config` gives it back"
-    Path(path).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True), encoding='utf-8')
+    replace_file(path, yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True))
 
 # %% ../nbs/00_core.ipynb #c41042e2
 def package_dir()->Path: # folder of the installed package

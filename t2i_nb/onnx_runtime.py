@@ -432,7 +432,7 @@ class OnnxPipeline:
     )->list:                # what comes out, one list of arrays for each row
         "Run a graph on each row, the rows shared out among the cores"
         n = 1 if self.provider != 'cpu' else min(self.threads, len(rows)) if together else len(rows)
-        parts = [p.tolist() for p in np.array_split(np.array(rows, object), n)]
+        parts = [rows[i*len(rows)//n:(i + 1)*len(rows)//n] for i in range(n)]
         s = self.session(name, self.threads if n == 1 else 1)
         def ask(part):
             if len(part) == 1: return [s.run(None, part[0])]
@@ -534,7 +534,7 @@ def draw_latents(
     negative = [negative_prompt or '']*len(prompts) if not isinstance(negative_prompt, list) else negative_prompt
     total, (low, high) = pipeline.config['num_train_timesteps'], guidance_interval
     guided = [guidance_scale != 1 and low <= t/total <= high for t in p.timesteps]
-    texts, start = list({*prompts, *(negative if any(guided) else ())}), time.perf_counter()
+    texts, start = {*prompts, *(negative if any(guided) else ())}, time.perf_counter()
     means = dict(zip(texts, pipeline.pool.map(lambda text: context(pipeline, text, p.timesteps), texts)))
     pipeline.seconds['text'] += time.perf_counter() - start
     def network(x, i):
