@@ -10,10 +10,9 @@ and shows nothing. It is built and exported first, into --work (kept, and used a
 For each decoder, with guidance (two passes a step) and without (guidance 1), two processes load once and take turns: plain diffusers (`StableDiffusionPipeline` in
 torch eager, which batches the two passes) and ours (the exported generate.py, which runs them side by side). Each draws one small picture that does not count, then
 --repetitions pictures of batch 1 for each of --steps, from the same noise; text encoder, UNet and decoder are timed inside. The fastest picture counts, and the fastest
-step and decoding (other processes can only slow one down); medians stand beside them. --clock cpu with --threads 1 counts the seconds of the processor instead, which
-other processes hardly change: for a machine that is not idle. --only draws with some decoders and guidances; the rest are products of steps and decodings. peak_mb is the most that a process held, loading included, drawing_mb the most while it drew, load_s the seconds until that small picture was there. A picture
-that would end after --seconds is not drawn: its seconds are a product of those of the shorter picture, and its `note` says so. Writes rows large_* (large_cpu_*
-of --clock cpu) to bench/results/large.json after every picture; rows of the other clock stay."""
+step and decoding (other processes can only slow one down); medians stand beside them. peak_mb is the most that a process held, loading included, drawing_mb the most while it drew,
+load_s the seconds until that small picture was there. A picture that would end after --seconds is not drawn: its seconds are a product of those of the shorter
+picture, and its `note` says so. Nothing else should run meanwhile; ten minutes. Writes bench/results/large.json after every picture."""
 import argparse, datetime, json, os, shutil, statistics, subprocess, sys, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
@@ -32,9 +31,6 @@ def parse():
     p.add_argument('--steps', type=int, nargs='+', default=[10, 30])
     p.add_argument('--threads', type=int, default=2)
     p.add_argument('--repetitions', type=int, default=2)
-    p.add_argument('--clock', choices=['wall', 'cpu'], default='wall')
-    p.add_argument('--only', nargs='+', choices=[f'{d}_{g}' for d in DECODERS for g in GUIDED], default=[f'{d}_{g}' for d in DECODERS for g in GUIDED])
-    p.add_argument('--products', type=int, nargs='*', default=[], help='steps of pictures that are not drawn')
     p.add_argument('--seconds', type=float, default=480, help='after which no further picture is begun')
     p.add_argument('--work', type=Path, help='where to build the model')
     p.add_argument('--out', type=Path, default=root/'bench'/'results'/'large.json')
@@ -122,14 +118,12 @@ def forget_peak():
     except OSError: return False
     return True
 
-CLOCK = dict(wall=time.perf_counter, cpu=time.process_time)
-
-def timed(function, into, clock):
+def timed(function, into):
     "A function that notes its seconds"
     def run(*args, **kwargs):
-        start = clock()
+        start = time.perf_counter()
         try: return function(*args, **kwargs)
-        finally: into.append(clock() - start)
+        finally: into.append(time.perf_counter() - start)
     return run
 
 def make_ours(a, decoder, notes):
@@ -138,8 +132,8 @@ def make_ours(a, decoder, notes):
     import generate as g
     pipe = g.OnnxPipeline(folder, threads=a.threads, check=False)
     ran, asked = pipe.run, g.context
-    pipe.run = lambda name, rows: timed(ran, notes['unet' if name == 'step' else 'vae'], CLOCK[a.clock])(name, rows)
-    g.context = timed(asked, notes['text'], CLOCK[a.clock])
+    pipe.run = lambda name, rows, **how: timed(ran, notes['unet' if name == 'step' else 'vae'])(name, rows, **how)
+    g.context = timed(asked, notes['text'])
     return lambda q: g.generate(pipe, [PROMPT], [SEED], num_inference_steps=q['steps'], guidance_scale=q['scale'], height=q['size'], width=q['size'])[0]
 
 def make_theirs(a, decoder, notes):
@@ -150,7 +144,7 @@ def make_theirs(a, decoder, notes):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(a.work/'pipeline', safety_checker=None, **other)
     pipe.set_progress_bar_config(disable=True)
     for module, name, part in ((pipe.text_encoder, 'forward', 'text'), (pipe.unet, 'forward', 'unet'), (pipe.vae, 'decode', 'vae')):
-        setattr(module, name, timed(getattr(module, name), notes[part], CLOCK[a.clock]))
+        setattr(module, name, timed(getattr(module, name), notes[part]))
     return lambda q: pipe([PROMPT], num_inference_steps=q['steps'], guidance_scale=q['scale'], height=q['size'], width=q['size'],
                           generator=[torch.Generator('cpu').manual_seed(SEED)]).images[0]
 
@@ -163,9 +157,9 @@ def serve(a):
         q = json.loads(line)
         for v in notes.values(): v.clear()
         if q['steps'] > 1: kept, fresh = memory('VmHWM'), forget_peak()
-        start = CLOCK[a.clock]()
+        start = time.perf_counter()
         image = draw(q)
-        seconds = CLOCK[a.clock]() - start
+        seconds = time.perf_counter() - start
         found = dict(seconds=seconds, split={k: sum(v) for k, v in notes.items()}, passes=list(notes['unet']))
         if q['steps'] > 1: found |= dict(drawing_mb=memory('VmHWM') if fresh else None, peak_mb=max(kept or 0, memory('VmHWM') or 0))
         found['split']['other'] = seconds - sum(found['split'].values())
@@ -177,7 +171,7 @@ class Way:
     def __init__(self, args, *words):
         env = os.environ | dict(OMP_NUM_THREADS=str(args.threads), CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1', TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error')
         own = ['--width', args.width, '--layers-per-block', args.layers_per_block, '--vae-width', args.vae_width, '--text-width', args.text_width, '--text-layers', args.text_layers,
-               '--size', args.size, '--threads', args.threads, '--clock', args.clock, '--work', args.work]
+               '--size', args.size, '--threads', args.threads, '--work', args.work]
         self.process = subprocess.Popen([sys.executable, '-W', 'ignore', __file__, *map(str, own), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     def read(self):
         while line := self.process.stdout.readline():
@@ -200,13 +194,6 @@ def product(short, steps, more):
     split = short['split'] | dict(unet=short['split']['unet']/steps*more)
     return dict(seconds=sum(split.values()), split=split, passes=[], peak_mb=short['peak_mb'], drawing_mb=short['drawing_mb'], ready=short['ready'])
 
-def parts(answers, way, decoder, guided, steps):
-    "What a picture takes, told by pictures with the same guidance and by pictures with the same decoder"
-    same, decoded = ([v for (w, *key), v in answers.items() if w == way and k in key] for k in (guided, decoder))
-    if not same or not decoded: return None
-    split = same[0]['split'] | dict(unet=min(t for v in same for t in v['passes'])*steps, vae=min(t for v in decoded for t in v['decodings']))
-    return dict(seconds=sum(split.values()), split=split, ready=decoded[0]['ready'])
-
 def similarity(a, b):
     "PSNR of two pictures in dB"
     import numpy as np
@@ -228,16 +215,15 @@ def rows_of(answers, args):
     rows, both = [], lambda *key: tuple(answers.get((w, *key)) for w in WAYS)
     for decoder in DECODERS:
         for guided in GUIDED:
-            for steps in [*args.steps, *args.products]:
+            for steps in args.steps:
                 ours, theirs = both(decoder, guided, steps)
                 note = None
                 if not (ours and theirs):
                     first = both(decoder, guided, args.steps[0])
-                    if all(first): ours, theirs = (v or product(f, args.steps[0], steps) for v, f in zip((ours, theirs), first))
-                    else: ours, theirs = (v or parts(answers, w, decoder, guided, steps) for v, w in zip((ours, theirs), WAYS))
-                    if not (ours and theirs): continue
-                    note = 'product, not drawn: ' + ' and '.join(w for w in WAYS if (w, decoder, guided, steps) not in answers) + ' from the seconds of text, steps and decoding of other pictures'
-                rows.append(row(f'{decoder}_{steps}_{guided}', ours['seconds'], theirs['seconds'], args.unit, split=dict(ours=ours['split'], theirs=theirs['split']), load_s=dict(ours=ours['ready'], theirs=theirs['ready']),
+                    if not all(first): continue
+                    ours, theirs = (v or product(f, args.steps[0], steps) for v, f in zip((ours, theirs), first))
+                    note = 'product, not drawn: ' + ' and '.join(w for w in WAYS if (w, decoder, guided, steps) not in answers) + ' from the shorter picture'
+                rows.append(row(f'{decoder}_{steps}_{guided}', ours['seconds'], theirs['seconds'], 's', split=dict(ours=ours['split'], theirs=theirs['split']), load_s=dict(ours=ours['ready'], theirs=theirs['ready']),
                                 all_seconds=dict(ours=ours.get('all_seconds'), theirs=theirs.get('all_seconds')), note=note))
             drawn = [both(decoder, guided, s) for s in args.steps]
             drawn = [d for d in drawn if all(d)]
@@ -254,11 +240,11 @@ def rows_of(answers, args):
 
 def cheapest(rows, args):
     "Few steps and the small decoder by ours, against many steps and the large one by theirs"
-    few, *_, many = sorted(args.products or args.steps)
+    few, *_, many = sorted(args.steps)
     named = {r['name']: r for r in rows}
     a, b = (named.get(f'large_{d}_{s}_guided') for d, s in (('small', few), ('sd', many)))
     if not (a and b): return []
-    return [row('cheapest', a['ours'], b['theirs'], args.unit, note=f'ours: {few} steps and the small decoder; theirs: {many} steps and the large one; the weights are random, so nothing is said of quality')]
+    return [row('cheapest', a['ours'], b['theirs'], 's', note=f'ours: {few} steps and the small decoder; theirs: {many} steps and the large one; the weights are random, so nothing is said of quality')]
 
 def write(answers, args, facts, begun, psnr):
     "All rows so far"
@@ -267,11 +253,9 @@ def write(answers, args, facts, begun, psnr):
     if psnr: rows.append(dict(name='large_parity', part='large_parity', ours=min(psnr.values()), theirs=45., ratio=min(psnr.values())/45, unit='dB', better='higher', pictures=psnr,
                               against='a limit of 45 dB', note='PSNR between pictures of both ways with the larger decoder, the worst; 88.1 means that no pixel differs; theirs is the limit that was set, no measurement'))
     common = dict(device=f'{os.cpu_count()} CPU cores', threads=args.threads, precision='fp32', date=str(datetime.date.today()), seconds=round(time.perf_counter() - begun), size=args.size,
-                  guidance_scale=SCALE, repetitions=args.repetitions, clock=args.clock, versions={k: version(k) for k in ('torch', 'diffusers', 'transformers', 'onnxruntime')}, **facts)
+                  guidance_scale=SCALE, repetitions=args.repetitions, versions={k: version(k) for k in ('torch', 'diffusers', 'transformers', 'onnxruntime')}, **facts)
     partial = args.out.with_name('.' + args.out.name)
-    old = json.loads(args.out.read_text()) if args.out.is_file() else []
-    if args.clock == 'cpu': rows = [r | {k: r[k].replace('large_', 'large_cpu_') for k in ('name', 'part')} | (dict(unit='CPU ms') if r['unit'] == 'ms' else {}) for r in rows]
-    partial.write_text(json.dumps([r for r in old if r.get('clock') != args.clock] + [r | common for r in rows], indent=1))
+    partial.write_text(json.dumps([r | common for r in rows], indent=1))
     os.replace(partial, args.out)
     return rows
 
@@ -281,7 +265,7 @@ def measure(args, begun):
     answers, psnr, rows, left = {}, {}, [], lambda: args.seconds - (time.perf_counter() - begun)
     for i, guided in enumerate(GUIDED):
         for j, decoder in enumerate(DECODERS):
-            if left() < 0 or f'{decoder}_{guided}' not in args.only: continue
+            if left() < 0: continue
             scale, until = (SCALE, 1.)[i], args.seconds*(1 - (2*i + j + 1)/4) # a repetition leaves time for what comes after
             ways, ready = {}, {}
             for w in WAYS: # one loads after the other
@@ -305,7 +289,6 @@ def main():
     args = parse()
     if args.build: return build(args)
     if args.serve: return serve(args)
-    args.unit = 's' if args.clock == 'wall' else 'CPU s'
     begun, keep = time.perf_counter(), args.work is not None
     args.work = (args.work or Path(tempfile.mkdtemp(prefix='large-'))).resolve()
     args.work.mkdir(parents=True, exist_ok=True)

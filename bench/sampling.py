@@ -11,7 +11,8 @@ modules     one pass of the text encoder, the UNet and the VAE decoder at batche
 end_to_end  prompt to picture at equal steps and guidance (batches 1 and 4; 64, 128 and 256 pixels), and our cheapest setting against diffusers' 50 steps
 start       from the start of a process to the picture on disk, with ours: the exported generate.py in this Python
 precisions  the folder exported again with fewer bits: its size, how far its pictures are from torch's, and how long they take beside float32
-scores      adherence and KID of the candidates for the cheapest setting and of diffusers' 50 steps, on the same prompts and seeds
+scores      adherence and KID (by the reader's features and by EfficientNet-lite0's) of the candidates for the cheapest setting and of diffusers' 50 steps, on the
+            same prompts and seeds
 
 Each way is a process of its own that loads once and answers questions; the ways take turns, forwards and backwards, and of each question the fastest of
 --repetitions counts in a round (other processes can only slow a repetition down). A ratio is taken in each round, the median counts. Plain diffusers is
@@ -38,7 +39,7 @@ def parse():
     p.add_argument('--guidance-scale', type=float, default=1.25)
     p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--repetitions', type=int, default=5)
-    p.add_argument('--n-scored', type=int, default=128)
+    p.add_argument('--n-scored', type=int, default=256)
     p.add_argument('--threads', type=int, default=2)
     p.add_argument('--no-compile', action='store_true', help='leaves torch.compile out')
     p.add_argument('--out', type=Path, default=root/'bench'/'results'/'sampling.json')
@@ -193,12 +194,16 @@ def score(args):
     from t2i_nb.evaluation import adherence, fresh_drawings, kid, load_feature_network, load_reader, read_attributes, score_prompts
     from t2i_nb.onnx_runtime import OnnxPipeline, decode, draw_latents
     torch.set_num_threads(args.threads)
-    reader, network = load_reader(), load_feature_network('reader')
-    real, (prompts, asked, seeds) = network(fresh_drawings(512, False, 1)[1]), score_prompts(args.n_scored, False, purpose='cheapest')
+    reader, networks = load_reader(), dict(kid=load_feature_network('reader'), kid_photo=load_feature_network('efficientnet-lite0'))
+    drawings, (prompts, asked, seeds) = fresh_drawings(512, False, 1)[1], score_prompts(args.n_scored, False, purpose='cheapest')
+    real = {k: network(drawings) for k, network in networks.items()}
     def judge(x):
         x = x.clamp(-1, 1)
-        read, far = adherence(asked, read_attributes(reader, x)), kid(network(x), real)
-        return dict(adherence=read['mean'], std_error=read['std_error'], kid=far['mean'], kid_error=far['std_error'])
+        read, found = adherence(asked, read_attributes(reader, x)), {}
+        for k, network in networks.items():
+            far = kid(network(x), real[k])
+            found |= {k: far['mean'], f'{k}_error': far['std_error']}
+        return dict(adherence=read['mean'], std_error=read['std_error'], **found)
     pipe, parts = OnnxPipeline(args.onnx, threads=args.threads), [slice(i, i + 16) for i in range(0, args.n_scored, 16)]
     found = []
     for steps, sampler, low, high in CANDIDATES:
@@ -220,8 +225,9 @@ def passes(setting):
     return sum(2 if low <= t <= high else 1 for t in levels)
 
 def choose(found, theirs):
-    "The candidate with the fewest passes that is within a standard error of both figures"
-    good = [f for f in found if f['adherence'] >= theirs['adherence'] - theirs['std_error'] and f['kid'] <= theirs['kid'] + theirs['kid_error']]
+    "The candidate with the fewest passes that is within a standard error of all three figures"
+    near = lambda f, k: f[k] <= theirs[k] + theirs[f'{k}_error']
+    good = [f for f in found if f['adherence'] >= theirs['adherence'] - theirs['std_error'] and near(f, 'kid') and near(f, 'kid_photo')]
     return min(good, key=lambda f: passes(f['setting'])) if good else None
 
 def precision_rows(args):
