@@ -35,7 +35,9 @@ def finish(process):
     assert process.returncode == 0
     return int(out.split()[-1])
 
-def encoded(*logs): return [int(i) for log in logs if Path(log).exists() for i in Path(log).read_text().split()]
+def encoded_batches(log): return Path(log).read_text().splitlines() if Path(log).exists() else []
+
+def encoded(*logs): return [int(i) for log in logs for batch in encoded_batches(log) for i in batch.split()]
 
 def files(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
 
@@ -57,8 +59,9 @@ def test_killed_and_resumed(whole, tmp_path):
     for attempt in range(10):
         logs.append(tmp_path/f'{attempt}.log')
         process = start(tmp_path/'cache', logs[-1], .004)
-        process.stdout.readline() # imports are done
-        time.sleep(rng.uniform(0, .1))
+        batches = rng.randrange(16) # five make a block; a busy machine needs longer for them, so it is they that are counted
+        while len(encoded_batches(logs[-1])) < batches: time.sleep(.001); assert process.poll() is None
+        time.sleep(rng.uniform(0, .01))
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not kept & set(encoded(logs[-1])), 'a row that a shard held was encoded again'
