@@ -1,5 +1,5 @@
 "Where extra test data lies: `$T2I_TEST_DATA`, by default `../shared/data` beside the checkout. No other file knows."
-import os, sys
+import os, subprocess, sys, time
 from pathlib import Path
 import pytest
 
@@ -18,3 +18,18 @@ def test_data():
         if not path.exists(): pytest.skip(f'no {name} in {data_dir}: set T2I_TEST_DATA to the folder that holds it')
         return path
     return find
+
+@pytest.fixture(scope='session')
+def seconds_of():
+    "A function from arguments of Python to the seconds it takes, the best of three; of the processor where the system tells, which a busy machine stretches less"
+    def one(words, cwd):
+        start = time.perf_counter()
+        process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cwd)
+        if not hasattr(os, 'wait4'): process.wait(); return time.perf_counter() - start
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return used.ru_utime + used.ru_stime
+    return lambda *words, cwd=None: min(one(words, cwd) for _ in range(3))
+
+@pytest.fixture(scope='session')
+def import_of_torch(seconds_of): return seconds_of('-c', 'import torch')

@@ -1,5 +1,5 @@
 "The package as a package: metadata said once, a wheel that is complete, imports that are cheap, optional dependencies that are optional."
-import ast, configparser, os, re, shutil, subprocess, sys, time, tomllib, zipfile
+import ast, configparser, os, re, shutil, subprocess, sys, tomllib, zipfile
 from importlib.util import find_spec
 import pytest
 import t2i_nb
@@ -157,22 +157,8 @@ def test_wrong_input_is_cheap(args, tmp_path, monkeypatch):
     assert 'EXIT 2' in done.stdout and not heavy
     assert 'Traceback' not in done.stderr and done.stderr.strip()
 
-def best_of_three(*words, cwd):
-    "Seconds of a Python process; of the processor where the system tells, which a busy machine does not change"
-    def seconds():
-        start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cwd)
-        if not hasattr(os, 'wait4'): process.wait(); return time.perf_counter() - start
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        return used.ru_utime + used.ru_stime
-    return min(seconds() for _ in range(3))
-
-@pytest.fixture(scope='session')
-def import_of_torch(tmp_path_factory): return best_of_three('-c', 'import torch', cwd=tmp_path_factory.mktemp('torch'))
-
 @needs_cli
 @pytest.mark.parametrize('args', (['--help'], ['sample', '--help'], WRONG['unknown recipe'], WRONG['unknown key']), ids=' '.join)
-def test_answers_before_torch_is_there(args, tmp_path, import_of_torch):
+def test_answers_before_torch_is_there(args, tmp_path, seconds_of, import_of_torch):
     "An answer that needs no torch takes less than half of what the import of torch alone takes"
-    assert best_of_three('-m', 't2i_nb', *args, cwd=tmp_path) < import_of_torch/2
+    assert seconds_of('-m', 't2i_nb', *args, cwd=tmp_path) < import_of_torch/2
