@@ -37,7 +37,7 @@ def parse():
     p.add_argument('--sizes', type=int, nargs='*', default=[128, 256], help='pixels, beside 64')
     p.add_argument('--cheapest', nargs=4, default=None, metavar=('STEPS', 'SAMPLER', 'LOW', 'HIGH'), help='our cheapest setting; what the scores say if not given')
     p.add_argument('--guidance-scale', type=float, default=1.25)
-    p.add_argument('--rounds', type=int, default=3)
+    p.add_argument('--rounds', type=int, default=9)
     p.add_argument('--repetitions', type=int, default=5)
     p.add_argument('--n-scored', type=int, default=256)
     p.add_argument('--threads', type=int, default=2)
@@ -287,7 +287,7 @@ def main():
         for w in ways.values(): w.close()
     if 'start' in args.what: rows.append(start_row(args))
     if 'precisions' in args.what: rows += precision_rows(args)
-    facts = dict(device=f'{os.cpu_count()} CPU cores', threads=args.threads, date=str(datetime.date.today()), load_before=list(load), seconds=round(time.perf_counter() - begun),
+    facts = dict(device=f'{os.cpu_count()} CPU cores', vectors=torch.backends.cpu.get_cpu_capability(), threads=args.threads, date=str(datetime.date.today()), load_before=list(load), seconds=round(time.perf_counter() - begun),
                  guidance_scale=args.guidance_scale, repetitions=args.repetitions, manifest_pipeline=json.loads((args.onnx/'manifest.json').read_text())['pipeline'],
                  versions=dict(torch=torch.__version__, diffusers=diffusers.__version__, transformers=transformers.__version__, onnxruntime=onnxruntime.__version__))
     parts = {r['part'] for r in rows}
