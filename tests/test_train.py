@@ -12,6 +12,8 @@ SMALL = ['data.n_images=64', 'data.size=64', 'unet.width=16', 'unet.attention_si
 # A process that has imported everything, and forks a training for each line it reads: a start takes a tenth of a second
 NURSERY = '''
 import hashlib, json, os, resource, signal, sys
+wire = os.fdopen(os.dup(1), 'w')
+os.dup2(2, 1) # torch 2.10, the oldest, greets on stdout where processes meet
 import torch
 import t2i_nb.train
 from pathlib import Path
@@ -37,11 +39,10 @@ def fit(run, overrides, log=lambda text: None):
         for state in train(cfg, Path(run), Components(None, None, None), *parts, log=log, asked=asked): pass
     return state.ended
 os.environ['DS_ACCELERATOR'] = 'cpu'
-try: sys.stdout = sys.stderr; import deepspeed.runtime.zero.muon.muon_optimizer # the slow one of its imports
+try: import deepspeed.runtime.zero.muon.muon_optimizer # the slow one of its imports
 except ImportError: pass
-finally: sys.stdout = sys.__stdout__
 fit(sys.argv[1], json.loads(sys.argv[2]))
-print('ready', flush=True)
+print('ready', file=wire, flush=True)
 for line in sys.stdin:
     job, pids = json.loads(line), []
     world = job.get('world', 1)
@@ -59,11 +60,11 @@ for line in sys.stdin:
         heard = []
         try: said = dict(ended=fit(job['run'], job['overrides'], heard.append), **(dict(heard=heard) if 'memory' in job else {}))
         except Exception as e: said = dict(error=f'{type(e).__name__}: {e}')
-        if not rank: print(json.dumps(said), flush=True)
+        if not rank: print(json.dumps(said), file=wire, flush=True)
         os._exit(0)
-    print(json.dumps(dict(pids=pids)), flush=True)
+    print(json.dumps(dict(pids=pids)), file=wire, flush=True)
     status = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    print(json.dumps(dict(status=status[0])), flush=True)
+    print(json.dumps(dict(status=status[0])), file=wire, flush=True)
 '''
 
 class Nursery:
