@@ -272,7 +272,7 @@ def test_torchrun(tmp_path):
     words = ['--run-dir', str(tmp_path/'run'), '--set', *SMALL, 'train.n_images=48', 'train.validation_images=24', 'sample.num_inference_steps=2',
              f"train.zero_stage={2*bool(find_spec('deepspeed'))}"]
     done = subprocess.run([*launch, *words], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    said = [l for l in done.stdout.splitlines() if '[Gloo]' not in l] # with which torch 2.10, the oldest, greets
+    said = [l for l in done.stdout.splitlines() if l and '[Gloo]' not in l and 'peer ranks' not in l] # torch 2.10, the oldest, greets
     assert done.returncode == 0 and said[0].startswith('pictures seen') and done.stdout.count('pictures seen') == 1, done.stdout + done.stderr
     assert (tmp_path/'run'/'pipeline'/'model_index.json').is_file() and newest_checkpoint(tmp_path/'run').name == 'img-00000048'
     odd = subprocess.run([*launch, '--run-dir', str(tmp_path/'odd'), '--set', *SMALL, 'train.global_batch=9'], capture_output=True, text=True)
