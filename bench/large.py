@@ -1,18 +1,18 @@
-"""How long a picture of 256 pixels takes on a CPU with a UNet of 150 M parameters, in plain diffusers and by our exported folder, where the time goes, and how much memory each holds.
+"""How long an image of 256 pixels takes on a CPU with a UNet of 150 M parameters, in plain diffusers and by our exported folder, where the time goes, and how much memory each holds.
 
     python bench/large.py
     python bench/large.py --width 16 --layers-per-block 1 --vae-width 32 --text-width 32 --text-layers 1 --size 64 --steps 2 4 --out /tmp/large.json
 
 The model is a stock UNet2DConditionModel on latents of 4 x 32 x 32 that attends to 77 states of 768 numbers, a CLIP text encoder of Stable Diffusion's size, and two
-decoders: an AutoencoderKL of Stable Diffusion's size (rows *_sd_*) and AutoencoderTiny as it comes (rows *_small_*). All weights are random: a picture costs the same
+decoders: an AutoencoderKL of Stable Diffusion's size (rows *_sd_*) and AutoencoderTiny as it comes (rows *_small_*). All weights are random: an image costs the same
 and shows nothing. It is built and exported first, into --work (kept, and used again if it is there) or a folder that is removed at the end.
 
 For each decoder, with guidance (two passes a step) and without (guidance 1), two processes load once and take turns: plain diffusers (`StableDiffusionPipeline` in
-torch eager, which batches the two passes) and ours (the exported generate.py, which runs them side by side). Each draws one small picture that does not count, then
---repetitions pictures of batch 1 for each of --steps, from the same noise; text encoder, UNet and decoder are timed inside. The fastest picture counts, and the fastest
+torch eager, which batches the two passes) and ours (the exported generate.py, which runs them side by side). Each draws one small image that does not count, then
+--repetitions images of batch 1 for each of --steps, from the same noise; text encoder, UNet and decoder are timed inside. The fastest image counts, and the fastest
 step and decoding (other processes can only slow one down); medians stand beside them. peak_mb is the most that a process held, loading included, drawing_mb the most while it drew,
-load_s the seconds until that small picture was there. A picture that would end after --seconds is not drawn: its seconds are a product of those of the shorter
-picture, and its `note` says so. Nothing else should run meanwhile; ten minutes. Writes bench/results/large.json after every picture."""
+load_s the seconds until that small image was there. An image that would end after --seconds is not drawn: its seconds are a product of those of the shorter
+image, and its `note` says so. Nothing else should run meanwhile; ten minutes. Writes bench/results/large.json after every image."""
 import argparse, datetime, json, os, shutil, statistics, subprocess, sys, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ def parse():
     p.add_argument('--steps', type=int, nargs='+', default=[10, 30])
     p.add_argument('--threads', type=int, default=2)
     p.add_argument('--repetitions', type=int, default=2)
-    p.add_argument('--seconds', type=float, default=480, help='after which no further picture is begun')
+    p.add_argument('--seconds', type=float, default=480, help='after which no further image is begun')
     p.add_argument('--work', type=Path, help='where to build the model')
     p.add_argument('--out', type=Path, default=root/'bench'/'results'/'large.json')
     p.add_argument('--build', action='store_true', help=argparse.SUPPRESS)
@@ -45,9 +45,10 @@ def make_pipeline(a):
     import diffusers, torch, transformers
     from t2i_nb.captions import load_text_encoder
     from t2i_nb.cost import SD_VAE
-    from t2i_nb.sampling import build_pipeline
-    from t2i_nb.train import Components
-    from t2i_nb.unet import Objective, ObjectiveConfig, UNetConfig, build_unet
+    from t2i_nb.pipeline import build_pipeline
+    from t2i_nb.recipe import Components
+    from t2i_nb.unet import UNetConfig, build_unet
+    from t2i_nb.objective import Objective, ObjectiveConfig
     torch.manual_seed(SEED)
     tokenizer, tokens = load_text_encoder()[0], 77
     tokenizer.model_max_length = tokens
@@ -163,7 +164,7 @@ def serve(a):
         found = dict(seconds=seconds, split={k: sum(v) for k, v in notes.items()}, passes=list(notes['unet']))
         if q['steps'] > 1: found |= dict(drawing_mb=memory('VmHWM') if fresh else None, peak_mb=max(kept or 0, memory('VmHWM') or 0))
         found['split']['other'] = seconds - sum(found['split'].values())
-        if q.get('picture'): image.save(q['picture'])
+        if q.get('image'): image.save(q['image'])
         print(json.dumps(found), flush=True)
 
 class Way:
@@ -190,12 +191,12 @@ class Way:
 # ---- the rows ----
 
 def product(short, steps, more):
-    "What a picture of more steps takes, told by a shorter one"
+    "What an image of more steps takes, told by a shorter one"
     split = short['split'] | dict(unet=short['split']['unet']/steps*more)
     return dict(seconds=sum(split.values()), split=split, passes=[], peak_mb=short['peak_mb'], drawing_mb=short['drawing_mb'], ready=short['ready'])
 
 def similarity(a, b):
-    "PSNR of two pictures in dB"
+    "PSNR of two images in dB"
     import numpy as np
     from PIL import Image
     x, y = (np.asarray(Image.open(p).convert('RGB'), float) for p in (a, b))
@@ -222,7 +223,7 @@ def rows_of(answers, args):
                     first = both(decoder, guided, args.steps[0])
                     if not all(first): continue
                     ours, theirs = (v or product(f, args.steps[0], steps) for v, f in zip((ours, theirs), first))
-                    note = 'product, not drawn: ' + ' and '.join(w for w in WAYS if (w, decoder, guided, steps) not in answers) + ' from the shorter picture'
+                    note = 'product, not drawn: ' + ' and '.join(w for w in WAYS if (w, decoder, guided, steps) not in answers) + ' from the shorter image'
                 rows.append(row(f'{decoder}_{steps}_{guided}', ours['seconds'], theirs['seconds'], 's', split=dict(ours=ours['split'], theirs=theirs['split']), load_s=dict(ours=ours['ready'], theirs=theirs['ready']),
                                 all_seconds=dict(ours=ours.get('all_seconds'), theirs=theirs.get('all_seconds')), note=note))
             drawn = [both(decoder, guided, s) for s in args.steps]
@@ -250,8 +251,8 @@ def write(answers, args, facts, begun, psnr):
     "All rows so far"
     rows = rows_of(answers, args)
     rows += cheapest(rows, args)
-    if psnr: rows.append(dict(name='large_parity', part='large_parity', ours=min(psnr.values()), theirs=45., ratio=min(psnr.values())/45, unit='dB', better='higher', pictures=psnr,
-                              against='a limit of 45 dB', note='PSNR between pictures of both ways with the larger decoder, the worst; 88.1 means that no pixel differs; theirs is the limit that was set, no measurement'))
+    if psnr: rows.append(dict(name='large_parity', part='large_parity', ours=min(psnr.values()), theirs=45., ratio=min(psnr.values())/45, unit='dB', better='higher', images=psnr,
+                              against='a limit of 45 dB', note='PSNR between images of both ways with the larger decoder, the worst; 88.1 means that no pixel differs; theirs is the limit that was set, no measurement'))
     common = dict(device=f'{os.cpu_count()} CPU cores', threads=args.threads, precision='fp32', date=str(datetime.date.today()), seconds=round(time.perf_counter() - begun), size=args.size,
                   guidance_scale=SCALE, repetitions=args.repetitions, versions={k: version(k) for k in ('torch', 'diffusers', 'transformers', 'onnxruntime')}, **facts)
     partial = args.out.with_name('.' + args.out.name)
@@ -273,14 +274,14 @@ def measure(args, begun):
                 ready[w] = ways[w].read()['loaded'] + ways[w].ask(dict(steps=1, scale=scale, size=64))['seconds']
             for k, steps in enumerate(args.steps*args.repetitions):
                 if k >= len(args.steps) and left() < until: continue
-                pictures = {w: args.work/f'{w}_{decoder}_{guided}_{steps}.png' for w in WAYS}
+                images = {w: args.work/f'{w}_{decoder}_{guided}_{steps}.png' for w in WAYS}
                 for w in WAYS[::-1 if k % 2 else 1]:
                     first = answers.get((w, decoder, guided, args.steps[0]))
                     if left() < (product(first, args.steps[0], steps)['seconds'] if first else 0): continue
-                    v = ways[w].ask(dict(steps=steps, scale=scale, size=args.size, picture=str(pictures[w]))) | dict(ready=ready[w])
+                    v = ways[w].ask(dict(steps=steps, scale=scale, size=args.size, image=str(images[w]))) | dict(ready=ready[w])
                     answers[w, decoder, guided, steps] = faster(answers.get((w, decoder, guided, steps)), v)
                     print(f"{time.perf_counter() - begun:5.0f} s  {w} {decoder} {guided} {steps} steps: {v['seconds']:.2f} s,", {a: round(b, 2) for a, b in v['split'].items()}, f"{v['peak_mb']:.0f} MB", flush=True)
-                    if decoder == 'sd' and all(p.is_file() for p in pictures.values()): psnr[f'{decoder}_{guided}_{steps}'] = similarity(*pictures.values())
+                    if decoder == 'sd' and all(p.is_file() for p in images.values()): psnr[f'{decoder}_{guided}_{steps}'] = similarity(*images.values())
                     rows = write(answers, args, facts, begun, psnr)
             for w in ways.values(): w.close()
     return rows

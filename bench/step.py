@@ -24,18 +24,19 @@ def main():
     from t2i_nb.core import apply_overrides, find_recipe, load_config
     from t2i_nb.evaluation import describe_device
     from t2i_nb.checkpoint import save_checkpoint
-    from t2i_nb.train import RunConfig, TrainingData, make_trainer, counters, train_step, update_ema
+    from t2i_nb.recipe import RunConfig, TrainingData
+    from t2i_nb.train import make_trainer, counters, train_step, update_ema
     from t2i_nb.engine import Ranks
     cfg = apply_overrides(load_config(find_recipe('demo'), RunConfig), ['train.device=cpu', 'train.precision=float32'])
     t, draw = cfg.train, torch.Generator().manual_seed(0)
     noise = lambda *shape: torch.randn(shape, generator=draw).half()
-    pictures = TrainingData(noise(512, 8, 8, 8), noise(512, 8, 8, 8).abs()/4, torch.arange(1, 513)[:, None], noise(513, 28, 128))
+    images = TrainingData(noise(512, 8, 8, 8), noise(512, 8, 8, 8).abs()/4, torch.arange(1, 513)[:, None], noise(513, 28, 128))
     run = Path(tempfile.mkdtemp())
     for folder in ('checkpoints', 'samples'): (run/folder).mkdir()
-    trainer = make_trainer(cfg, run, object(), pictures, pictures, print, Ranks())
+    trainer = make_trainer(cfg, run, object(), images, images, print, Ranks())
     engine, state = trainer.engine, trainer.state
     def step(k):
-        train_step(engine, trainer.objective, pictures, t, k*t.global_batch)
+        train_step(engine, trainer.objective, images, t, k*t.global_batch)
         update_ema(state.ema, state.unet, t.ema_decay, 1)
     pool, threads = engine.pool, torch.get_num_threads()
     engine.pool = None; torch.set_num_threads(1)

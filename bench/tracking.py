@@ -25,20 +25,21 @@ def train_one(run, n_images, track):
     import torch
     import t2i_nb.tracking as tracking
     from t2i_nb.core import apply_overrides, find_recipe, load_config
-    from t2i_nb.train import Components, RunConfig, TrainingData, train
+    from t2i_nb.recipe import Components, RunConfig, TrainingData
+    from t2i_nb.train import train_steps
     torch.set_num_threads(1)
     cfg = apply_overrides(load_config(find_recipe('demo'), RunConfig), [f'train.n_images={n_images}', 'train.device=cpu', 'train.precision=float32',
         'train.micro_batch=0', 'train.log_images=16', 'train.validation_images=800', 'train.checkpoint_images=800'])
     draw = torch.Generator().manual_seed(0)
     noise = lambda *shape: torch.randn(shape, generator=draw).half()
-    pictures = TrainingData(noise(512, 8, 8, 8), noise(512, 8, 8, 8).abs()/4, torch.arange(1, 513)[:, None], noise(513, 28, 128))
+    images = TrainingData(noise(512, 8, 8, 8), noise(512, 8, 8, 8).abs()/4, torch.arange(1, 513)[:, None], noise(513, 28, 128))
     work, took = tracking.keep_sending, [0.]
     def timed(*given):
         try: work(*given)
         finally: took[0] = time.thread_time()
     tracking.keep_sending = timed
     with tracking.follow(run, track, lambda text: print(text, file=sys.stderr)):
-        for state in train(cfg, Path(run), Components(None, None, None), pictures, pictures): pass
+        for state in train_steps(cfg, Path(run), Components(None, None, None), images, images): pass
     print(state.seconds, took[0])
 
 class Server:
@@ -65,7 +66,7 @@ def main():
     os.sched_setaffinity(0, {1})
     import mlflow, torch
     from t2i_nb.evaluation import describe_device
-    from t2i_nb.tracking import read_metrics
+    from t2i_nb.checkpoint import read_metrics
     box = Path(tempfile.mkdtemp())
     server, seconds, own, complete = Server(box), {'without': [], 'with': []}, [], []
     server.start(); server.wait()

@@ -16,7 +16,7 @@ Every measurement is a process of its own with --threads threads, from one mark 
 validation and checkpoints of both lie outside, and so does the making of our cache, which is reported beside. The script's steps are
 timed by its own progress bar as it arrives here, ours by the states that `t2i_nb.train.train` yields. The ways take turns, forwards and
 backwards; a ratio is taken in each round, the median counts. Ours keeps an average of the weights (EMA), drops captions and guards
-against spikes in every step; the script runs without --use_ema, and logs to tensorboard in a temporary folder. Its pictures are the
+against spikes in every step; the script runs without --use_ema, and logs to tensorboard in a temporary folder. Its images are the
 same ones as PNG files.
 
 torchvision is not needed: the script gets a stand-in for the few transforms that it uses, written here in Pillow and torch, from a
@@ -106,7 +106,7 @@ def parse():
 
 def recipe(part, folder, batch):
     "What ours trains: `demo` in fp32, or the same loop on models of real size"
-    from t2i_nb.cli import read_recipe
+    from t2i_nb.run import read_recipe
     cfg = read_recipe('demo', ['train.device=cpu', 'train.precision=float32', f'train.global_batch={batch}',
                                f'train.micro_batch={batch//2}'])
     if part == 'tiny': return cfg
@@ -119,7 +119,7 @@ def make_models(part, folder):
     import diffusers, torch, transformers
     from t2i_nb.captions import load_text_encoder
     from t2i_nb.core import keyed_seed
-    from t2i_nb.train import Components, load_components
+    from t2i_nb.recipe import Components, load_components
     from t2i_nb.unet import build_unet, count_parameters
     cfg = recipe(part, folder, 16)
     if part == 'tiny': models = load_components(cfg)
@@ -150,37 +150,38 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12]))/os.sysconf('SC_CLK_TCK')
 
 def make_part(part, folder):
-    "Models, pictures for the script, and our cache, timed; prints JSON"
+    "Models, images for the script, and our cache, timed; prints JSON"
     import torch
     from safetensors.torch import save_file
-    from t2i_nb.cli import hush
+    from t2i_nb.run import hush
     from t2i_nb.sources import load_dataset
-    from t2i_nb.train import load_components, prepare_data
+    from t2i_nb.recipe import load_components, prepare_data
     hush()
     facts, cfg = make_models(part, folder), recipe(part, folder, 16)
-    (folder/'pictures').mkdir(exist_ok=True)
+    (folder/'images').mkdir(exist_ok=True)
     dataset = load_dataset(cfg.data)
-    for i in range(len(dataset)): dataset.image(i).save(folder/'pictures'/f'{i:05d}.png')
+    for i in range(len(dataset)): dataset.image(i).save(folder/'images'/f'{i:05d}.png')
     lines = [json.dumps(dict(file_name=f'{i:05d}.png', text=c)) for i, c in enumerate(dataset.captions)]
-    (folder/'pictures'/'metadata.jsonl').write_text('\n'.join(lines) + '\n')
+    (folder/'images'/'metadata.jsonl').write_text('\n'.join(lines) + '\n')
     shutil.rmtree(folder/'cache', ignore_errors=True)
     models, begun = load_components(cfg), time.perf_counter()
     data = prepare_data(cfg, models, 'train', folder/'cache')
     seconds = time.perf_counter() - begun
     pairs = dict(mean=data.mean[:].float(), states=torch.as_tensor(data.states[:]), rows=data.rows[:, 0])
     save_file({k: v.contiguous() for k, v in pairs.items()}, folder/'pairs.safetensors')
-    return facts | dict(pictures=len(data), cache_seconds=seconds)
+    return facts | dict(images=len(data), cache_seconds=seconds)
 
 def run_ours(part, folder, batch, warm, measured):
     "Seconds between two marks of `t2i_nb.train.train`"
-    from t2i_nb.cli import hush
-    from t2i_nb.train import load_components, prepare_data, train
+    from t2i_nb.run import hush
+    from t2i_nb.recipe import load_components, prepare_data
+    from t2i_nb.train import train_steps
     hush()
     cfg = recipe(part, folder, batch)
     models = load_components(cfg)
     data = prepare_data(cfg, models, 'train', folder/'cache')
     with tempfile.TemporaryDirectory() as run_dir:
-        states = train(cfg, Path(run_dir), models, data, data)
+        states = train_steps(cfg, Path(run_dir), models, data, data)
         for state in states:
             if state.step == warm: begun, cpu = time.perf_counter(), time.process_time()
             if state.step == warm + measured: break
@@ -201,7 +202,7 @@ def follow_script(args, script, folder, size, batch, steps, out, *more):
                                 HF_DATASETS_DISABLE_PROGRESS_BARS='1', HF_DATASETS_CACHE=str(folder/'datasets'),
                                 CACHED_PAIRS=str(folder/'pairs.safetensors'))
         words = [sys.executable, temp/'run.py', script.resolve(), '--pretrained_model_name_or_path', folder/'models',
-                 '--train_data_dir', folder/'pictures', '--image_column', 'image', '--caption_column', 'text', '--resolution', size,
+                 '--train_data_dir', folder/'images', '--image_column', 'image', '--caption_column', 'text', '--resolution', size,
                  '--train_batch_size', batch, '--seed', 0, '--max_train_steps', steps, '--output_dir', out.resolve(),
                  '--report_to', 'tensorboard', '--mixed_precision', 'no', *more]
         child = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=temp)
@@ -272,7 +273,7 @@ def main():
         ways = ['ours', *(way for way, what in (('script', part), ('cached', 'cached' if tiny else '')) if what in args.what)]
         if not (folder/'pairs.safetensors').is_file(): known.pop(f'{part}, {args.threads} threads', None)
         made = remember(f'{part}, {args.threads} threads', lambda: in_process(args, 'make', part, folder))
-        each = made['cache_seconds']/made['pictures'] # seconds of caching per picture
+        each = made['cache_seconds']/made['images'] # seconds of caching per image
         for batch in args.batches if tiny else args.real_batches:
             steps = {w: (STEPS[kind][w][0], max(2, round(STEPS[kind][w][1]*args.steps*base/batch))) for w in ways}
             def speed(way, k):
@@ -295,12 +296,12 @@ def main():
                            theirs_rounds=speeds[way], rounds=args.rounds, batch=batch, size=size,
                            measured_steps={w: steps[w][1] for w in ('ours', way)}, stand_ins=['torchvision.transforms'],
                            cpu_share=dict(ours=shares['ours'], theirs=shares[way])) # of all threads; much less than 1 tells of company
-                if way == 'cached': row |= dict(note=note + 'both read cached latents and token states', patches=len(PATCHES))
-                else: # epochs over the cached pictures, the making of the cache included
+                if way == 'cached': row |= dict(note=note + 'both read cached latents and text embeddings', patches=len(PATCHES))
+                else: # epochs over the cached images, the making of the cache included
                     back, epochs = each/(1/theirs - 1/ours), (1, 10, 100)
-                    row |= dict(note=note + 'it encodes pictures and captions in every step, ours reads them from its cache',
-                                pictures=made['pictures'], cache_seconds=made['cache_seconds'], cache_paid_back_after_epochs=back,
-                                cache_paid_back_after_images=round(back*made['pictures']),
+                    row |= dict(note=note + 'it encodes images and captions in every step, ours reads them from its cache',
+                                images=made['images'], cache_seconds=made['cache_seconds'], cache_paid_back_after_epochs=back,
+                                cache_paid_back_after_images=round(back*made['images']),
                                 ours_with_cache={f'{e} epochs': e/(each + e/ours) for e in epochs},
                                 ratio_with_cache={f'{e} epochs': e/(each + e/ours)/theirs for e in epochs})
                 rows.append(row | {k: v for k, v in made.items() if k not in row})

@@ -6,7 +6,7 @@
 Needs the test data (`tests/conftest.py` says where it is looked for): `flowers12`, 720 photographs to train on, 240 to judge by,
 without those that are near duplicates of training photographs. The test photographs are read at the end only; nothing is chosen
 by them. Resumable: the same command goes on. The second command goes on at 128 pixels, for `bench/photographs.py`. Writes
-bench/results/vae_finetune.json (or vae_finetune_128.json), and in the run directory the fine-tuned VAE and pictures before and after."""
+bench/results/vae_finetune.json (or vae_finetune_128.json), and in the run directory the fine-tuned VAE and images before and after."""
 import argparse, datetime, json, sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ sys.path[:0] = [str(root), str(root/'tests'), str(root/'bench')]
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--run-dir', type=Path, default=Path('runs/vae_finetune'))
-    p.add_argument('--n-images', type=int, default=24_000, help='pictures to train on in all')
+    p.add_argument('--n-images', type=int, default=24_000, help='images to train on in all')
     p.add_argument('--size', type=int, default=64, help='pixels along each side')
     p.add_argument('--lr', type=float, default=1.5e-3)
     p.add_argument('--start', default='tiny', help='VAE to fine-tune')
@@ -33,7 +33,7 @@ def check_use(
     run_dir # gets two runs
 ):          # hashes, all of which a test can repeat
     "Two steps of training with each VAE: what lies in pipeline/vae, and which latents were cached"
-    from t2i_nb.cli import train
+    from t2i_nb.commands import train
     from t2i_nb.vae import VAEConfig, fingerprint, load_vae
     out = dict(fine_tuned=fingerprint(load_vae(VAEConfig(str(folder)))), start=fingerprint(load_vae(VAEConfig(start))))
     for name, vae in (('fine_tuned', str(folder)), ('start', start)):
@@ -54,11 +54,12 @@ def main():
     from t2i_nb.data import DataConfig
     from t2i_nb.evaluation import describe_device
     from t2i_nb.scan import load_usable, without_near_copies
-    from t2i_nb.vae import VAEConfig, VAETrainConfig, load_vae, make_vae, round_trip
+    from t2i_nb.vae import VAEConfig, load_vae, round_trip
+    from t2i_nb.vae_train import VAETrainConfig, make_vae
     flowers, run = conftest.data_dir/'flowers12', args.run_dir
     run.mkdir(parents=True, exist_ok=True)
     one = DataConfig(source=str(flowers/'train.parquet'), size=args.size, validation_fraction=0., crop='random')
-    parts = [load_usable(replace(one, seed=i), memo=run/'pictures.json') for i in range(args.views)]
+    parts = [load_usable(replace(one, seed=i), memo=run/'images.json') for i in range(args.views)]
     pixels = torch.cat([((d.batch(range(len(d)), flip=i % 2 == 1) + 1)*127.5).round().byte() for i, d in enumerate(parts)])
     recipe = VAETrainConfig(args.n_images, lr=args.lr, kl_weight=5e-4, kl_warmup=.25, feature_weight=args.feature_weight)
     states = []
@@ -75,14 +76,14 @@ def main():
     given, whole = (load_usable(DataConfig(source=str(flowers/f'{k}.parquet'), size=128), 'test') for k in ('test', 'train'))
     test = without_near_copies(given, whole)
     test.cfg = replace(test.cfg, size=args.size)
-    pictures, tuned = test.batch(range(len(test))), load_vae(VAEConfig(str(run/'vae')))
-    before, after = (round_trip(v, pictures.split(60)) for v in (start, tuned))
-    some = pictures[::30]
+    images, tuned = test.batch(range(len(test))), load_vae(VAEConfig(str(run/'vae')))
+    before, after = (round_trip(v, images.split(60)) for v in (start, tuned))
+    some = images[::30]
     with torch.no_grad(): image_grid(torch.cat([some, *(v.decode(v.encode(some).latent_dist.mean).sample for v in (start, tuned))])).save(run/'grid.png')
     used = check_use(run/'vae', args.start, flowers/'train.parquet', args.size, run)
     assert used['fine_tuned'] == used['pipeline_fine_tuned'] != used['start'] == used['pipeline_start'], used
     assert used['cache_fine_tuned'] and not set(used['cache_fine_tuned']) & set(used['cache_start']), used
-    units = dict(psnr=('dB', 'higher'), ssim=('SSIM', 'higher'), mse=('squared error, values in [-1, 1]', 'lower'), kl=('nats per picture', 'neither'))
+    units = dict(psnr=('dB', 'higher'), ssim=('SSIM', 'higher'), mse=('squared error, values in [-1, 1]', 'lower'), kl=('nats per image', 'neither'))
     facts = dict(n_images=args.n_images, size=args.size, test_photographs=len(test), near_copies=len(given) - len(test), training_photographs=len(parts[0]), views=args.views, training=made, seconds=made['seconds'])
     rows = [dict(name=f'{k} of test photographs at {args.size} pixels, fine-tuned against {"as shipped" if args.start == "tiny" else "before"}', ours=after[k], theirs=before[k],
                  ratio=before[k]/after[k] if k in ('mse', 'kl') else after[k]/before[k], unit=unit, better=better, device=describe_device('cpu'),

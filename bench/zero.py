@@ -1,4 +1,4 @@
-"""What each of two processes holds at ZeRO stages 0, 1 and 2, beside the formula: the network of the recipe `flowers128`, one picture.
+"""What each of two processes holds at ZeRO stages 0, 1 and 2, beside the formula: the network of the recipe `flowers128`, one image.
 
     python bench/zero.py
 
@@ -30,7 +30,7 @@ def worker(recipe, stage):
     from dataclasses import replace
     from t2i_nb.core import find_recipe, load_config
     from t2i_nb.engine import EngineConfig, join_ranks, make_engine
-    from t2i_nb.train import RunConfig
+    from t2i_nb.recipe import RunConfig
     from t2i_nb.unet import build_unet
     torch.set_num_threads(1)
     cfg, ranks = load_config(find_recipe(recipe), RunConfig), join_ranks()
@@ -50,8 +50,8 @@ def worker(recipe, stage):
         step = engine.optimizer.step
         engine.optimizer.step = lambda *a, **k: (seen.append(alive() - before), step(*a, **k))[1]
     for _ in range(2): engine.step(part, range(2*ranks.rank, 2*ranks.rank + 2)) # the moments are there from the second on
-    numbers = dict(weights=sum(p.numel() for p in unet.parameters()), held=max(seen[-2:]), after_step=alive() - before)
-    if ranks.leads: Path(os.environ['T2I_ZERO_OUT']).write_text(json.dumps(numbers))
+    numbers = dict(weights=sum(p.numel() for p in unet.parameters()), val=max(seen[-2:]), after_step=alive() - before)
+    if ranks.is_main: Path(os.environ['T2I_ZERO_OUT']).write_text(json.dumps(numbers))
 
 def main():
     args = parse()
@@ -66,7 +66,7 @@ def main():
         r = json.loads(out.read_text())
         n = r['weights']
         formula = dict(zip((0, 1, 2), (16*n, 8*n + 6*n, 4*n + 2*n + 6*n)))[stage]
-        rows.append(dict(name=f'bytes held by each of two processes, ZeRO stage {stage}', stage=stage, recipe=args.recipe, weights=n, held=r['held'],
+        rows.append(dict(name=f'bytes held by each of two processes, ZeRO stage {stage}', stage=stage, recipe=args.recipe, weights=n, val=r['held'],
                          formula=formula, gradients=r['held'] - r['after_step'], after_step=r['after_step'], ours=r['held'],
                          theirs=rows[0]['held'] if rows else r['held'], ratio=(rows[0]['held'] if rows else r['held'])/r['held'], unit='bytes',
                          better='lower', device=describe_device('cpu'), versions=dict(torch=torch.__version__, deepspeed=deepspeed.__version__),

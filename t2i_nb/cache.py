@@ -264,10 +264,10 @@ def missing_blocks(
     rows_per_shard:int # size of a block
 )->tuple:              # blocks, each an int array of positions in `keys`, and the layout of the folder
     "The rows that no shard holds, each key once, cut into blocks"
-    held = read_folder(folder, remove=True)
-    missing = np.flatnonzero(find_rows([k for _, k, _ in held], keys)[0] < 0)
+    stored = read_folder(folder, remove=True)
+    missing = np.flatnonzero(find_rows([k for _, k, _ in stored], keys)[0] < 0)
     missing = np.sort(missing[np.unique(keys[missing], return_index=True)[1]]) # a repeat is made once
-    return [missing[i:i + rows_per_shard] for i in range(0, len(missing), rows_per_shard)], held[0][2] if held else None
+    return [missing[i:i + rows_per_shard] for i in range(0, len(missing), rows_per_shard)], stored[0][2] if stored else None
 
 # %% ../nbs/00d_cache.ipynb #fb962cf2
 def fill(
@@ -353,11 +353,11 @@ def open_rows(
     keys    # one 16-byte key for each wanted row; repeats allowed
 )->Rows:    # in the order of `keys`
     "Open rows for reading, whatever their number, or say how many are missing"
-    keys, held = key_array(keys), read_folder(Path(folder))
-    shard, row = find_rows([k for _, k, _ in held], keys)
+    keys, stored = key_array(keys), read_folder(Path(folder))
+    shard, row = find_rows([k for _, k, _ in stored], keys)
     if missing := int((shard < 0).sum()):
         raise InputError(f"{missing} of {len(keys)} rows are not in {folder}; fill it first")
-    return Rows([p for p, *_ in held], held[0][2] if held else {}, shard, row)
+    return Rows([p for p, *_ in stored], stored[0][2] if stored else {}, shard, row)
 
 # %% ../nbs/00d_cache.ipynb #70ab25e2
 class Column:

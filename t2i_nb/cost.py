@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['torch', 'diffusers', 'flop_counter', 'BALANCE', 'GPUS', 'PRICES_OF', 'INSTANCES', 'SD_VAE', 'SETS', 'SUPPOSED', 'LOW',
            'EXPECTED', 'HIGH', 'START', 'FINISH', 'Gpu', 'InstanceType', 'find_instance', 'next_priced', 'prices',
-           'ask_price', 'count_passes', 'text_shape', 'text_flops', 'vae_config', 'make_vae', 'Work', 'work_of',
-           'count_work', 'Assumed', 'Times', 'time_of', 'Estimate', 'memory_of', 'estimate_work', 'estimate',
-           'calibration_file', 'read_calibration', 'calibrate']
+           'ask_price', 'count_passes', 'text_shape', 'text_flops', 'vae_config', 'vae_from_config', 'Work', 'work_of',
+           'count_work', 'Assumed', 'Times', 'time_of', 'Estimate', 'memory_of', 'estimate_work', 'estimate_cost',
+           'calibration_file', 'read_calibration', 'calibrate_gpu']
 
 # %% ../nbs/04b_cost.ipynb #b487d3e9
 import json
@@ -16,11 +16,12 @@ import os
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from .captions import encoder_places
 from .core import InputError, from_dict, lazy, load_config, nearest, pretrained_dir, replace_file, to_dict
-from .tracking import read_metrics
-from .train import N_BINS, RunConfig, check_share
+from .captions import encoder_places
 from .unet import unet_keys
+from .checkpoint import read_metrics
+from .recipe import RunConfig
+from .train import N_BINS, check_share
 
 # %% ../nbs/04b_cost.ipynb #a369bf6d
 torch, diffusers, flop_counter = lazy('torch'), lazy('diffusers'), lazy('torch.utils.flop_counter')
@@ -139,9 +140,9 @@ def count_passes(
     own = {p.untyped_storage()._cdata for p in module.parameters()}
     with flop_counter.FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): out = run(module, *inputs)
-        held = sum(n for at, n in kept.items() if at not in own)
+        n_kept = sum(n for at, n in kept.items() if at not in own)
         if backward: torch.autograd.grad(out.sum(), [p for p in module.parameters()], allow_unused=True)
-    return counter.get_total_flops(), held, sum(p.numel() for p in module.parameters())
+    return counter.get_total_flops(), n_kept, sum(p.numel() for p in module.parameters())
 
 # %% ../nbs/04b_cost.ipynb #fbad0698
 def text_shape(
@@ -184,48 +185,48 @@ def vae_config(
     file = (pretrained_dir()/'vae' if cfg.name == 'tiny' else Path(cfg.name))/'config.json'
     return json.loads(file.read_text()) if file.is_file() else SD_VAE
 
-def make_vae(
+def vae_from_config(
     config:dict # from `vae_config`
 ):
     "The VAE on whatever device is set"
     return getattr(diffusers, config['_class_name']).from_config(config)
 
 # %% ../nbs/04b_cost.ipynb #2dd21845
-SETS = dict(flowers102=(8_189, 10), cifar10=(50_000, 0), pokemon=(833, 1), celeba=(182_637, 1)) # captions a picture
-SUPPOSED = 10_000 # pictures of a source that nobody counted
+SETS = dict(flowers102=(8_189, 10), cifar10=(50_000, 0), pokemon=(833, 1), celeba=(182_637, 1)) # captions an image
+SUPPOSED = 10_000 # images of a source that nobody counted
 
 @dataclass(frozen=True)
 class Work:
     images:int          # seen in all
     batch:int           # a step
     micro:int           # a forward pass, 0 for all that a GPU has
-    forward:float       # operations of the UNet's forward pass, a picture
+    forward:float       # operations of the UNet's forward pass, an image
     step:float          # and with its backward pass
-    frozen:float=0.     # of frozen parts in every step, a picture
+    frozen:float=0.     # of frozen parts in every step, an image
     caching:float=0.    # once, before the first step
     validating:float=0. # of all validations and sample grids
     parameters:int=0    # whose gradients travel
-    kept:float=0.       # numbers kept for the backward pass, a picture
+    kept:float=0.       # numbers kept for the backward pass, an image
     saves:int=1         # checkpoints
     half:bool=True      # computed in 16 bits?
     sharded:bool=False  # by DeepSpeed?
-    loading:float=0.    # seconds a GPU waits for each of its pictures
+    loading:float=0.    # seconds a GPU waits for each of its images
     overlap:bool=False  # do gradients travel while the backward pass goes on?
 
 # %% ../nbs/04b_cost.ipynb #a8164272
 def work_of(
     cfg:RunConfig,    # the recipe
-    cached:bool=True, # frozen parts once for each picture, or in every step?
-    pictures:int=0    # of the data; 0 takes what is known
+    cached:bool=True, # frozen parts once for each image, or in every step?
+    images:int=0    # of the data; 0 takes what is known
 )->Work:
     "What a recipe computes"
-    return count_work(json.dumps(to_dict(cfg), sort_keys=True, default=str), cached, pictures)
+    return count_work(json.dumps(to_dict(cfg), sort_keys=True, default=str), cached, images)
 
 @lru_cache(maxsize=64)
 def count_work(
     recipe:str,    # as JSON
     cached:bool,   # as for `work_of`
-    pictures:int   # as for `work_of`
+    images:int   # as for `work_of`
 )->Work:
     "As `work_of`, remembered"
     cfg = from_dict(RunConfig, json.loads(recipe))
@@ -238,10 +239,10 @@ def count_work(
     forward = step/3 # a backward pass takes two of them
     if t.gradient_checkpointing: step, kept = step + forward, kept/8
     encode = 0
-    if vae: encode = count_passes(lambda: make_vae(vae), ((1, 3, cfg.data.size, cfg.data.size),),
+    if vae: encode = count_passes(lambda: vae_from_config(vae), ((1, 3, cfg.data.size, cfg.data.size),),
                                   lambda m, x: m.encode(x)[0], False)[0] # `.latent_dist` or `.latents`
     read, (n, said) = text_flops(dim, layers, tokens), SETS.get(cfg.data.source, (cfg.data.n_images or SUPPOSED, 1))
-    n = pictures or n
+    n = images or n
     views = 2 if cfg.data.flip else 1
     prompts = len(cfg.sample.prompts) or 8
     passes = 64*N_BINS + prompts*cfg.sample.num_inference_steps*(1 + (cfg.sample.guidance_scale != 1))
@@ -276,7 +277,7 @@ class Times:
     start:float       # image, packages, operators, data
     caching:float     # frozen parts, once
     computing:float   # the UNet, and what is frozen but not cached
-    waiting:float     # for the processor, and for pictures
+    waiting:float     # for the processor, and for images
     updating:float    # weights, moments and average
     talking:float     # gradients on their way
     validating:float  # validations and sample grids
@@ -340,7 +341,7 @@ class Estimate:
         minutes = tuple(60*h for h in self.hours)
         shown = span(minutes, '.0f') + ' minutes' if self.hours[1] < 2 else span(self.hours, '.1f') + ' hours'
         return [('machines', f"{self.nodes} × {self.instance.name}, {'spot' if self.spot else 'on demand'}"),
-                ('pictures a second', f'{self.images_per_second:.1f}'), ('time', shown),
+                ('images a second', f'{self.images_per_second:.1f}'), ('time', shown),
                 ('dollars', span(self.dollars, '.2f') + (f', on demand {self.on_demand:.2f}' if self.spot else '')),
                 ('memory of a GPU', f"{self.memory:.1f} of {GPUS[self.instance.gpu].memory} GB"
                                     f"{'' if self.fits else ': too much, use a smaller train.micro_batch'}"),
@@ -382,7 +383,7 @@ def estimate_work(
                     memory <= GPUS[machine.gpu].memory, times[1], (calibrated or {}).get('run', ''),
                     priced or f'us-east-1, table of {PRICES_OF}')
 
-def estimate(
+def estimate_cost(
     cfg:RunConfig,          # the recipe
     instance_type:str,      # e.g. ml.g4dn.xlarge
     nodes:int=1,            # machines
@@ -390,14 +391,14 @@ def estimate(
     cached:bool=True,       # frozen parts once, or in every step?
     region:str='us-east-1', # where
     prices:dict=None,       # from `prices`; None takes the table
-    pictures:int=0          # of the data; 0 takes what is known
+    images:int=0          # of the data; 0 takes what is known
 )->Estimate:
     "What a recipe will take on an instance type"
     machine = find_instance(instance_type)
     if nodes < 1: raise InputError(f"--nodes is {nodes}; use 1 or more")
     check_share(cfg.train, nodes*machine.n_gpus)
     known = prices or {}
-    return estimate_work(work_of(cfg, cached, pictures), machine, nodes, spot, known.get(machine.name, 0.),
+    return estimate_work(work_of(cfg, cached, images), machine, nodes, spot, known.get(machine.name, 0.),
                          f'{region}, as given' if machine.name in known else '',
                          read_calibration().get(machine.gpu))
 
@@ -411,7 +412,7 @@ def read_calibration()->dict: # GPU to `mfu`, `images_per_second`, `instance_typ
     try: return json.loads(calibration_file().read_text())
     except (OSError, ValueError): return {}
 
-def calibrate(
+def calibrate_gpu(
     run_dir:Path,      # a run on that instance type
     instance_type:str, # where it ran
     nodes:int=1        # on how many
@@ -422,7 +423,7 @@ def calibrate(
     speeds = sorted(r['images_per_second'] for r in read_metrics(run_dir)[1:] if r.get('images_per_second'))
     if len(speeds) < 3: raise InputError(f"{run_dir} has logged only {len(speeds)} lines of speed; train for longer")
     speed, work = speeds[len(speeds)//2], work_of(load_config(file, RunConfig))
-    rest = replace(time_of(work, machine, nodes, EXPECTED), computing=0.).steps/work.images # seconds a picture
+    rest = replace(time_of(work, machine, nodes, EXPECTED), computing=0.).steps/work.images # seconds an image
     rate = 1e12*GPUS[machine.gpu].usable(work.half)*machine.n_gpus*nodes
     least = work.step/rate # at the peak
     noted = dict(mfu=round(min(1., least/max(1/speed - rest, .1/speed)), 4), images_per_second=speed,

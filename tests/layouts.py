@@ -7,7 +7,7 @@ from t2i_nb.sources import ADJECTIVES, FACE, HAIR, WEARING
 CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
 def cifar10(root, n=10):
-    "`root/cifar10` with n pictures in each of the six binary files"
+    "`root/cifar10` with n images in each of the six binary files"
     folder, flowers = root/'cifar10'/'cifar-10-batches-bin', toy_flowers(DataConfig(n_images=6*n, size=32))
     folder.mkdir(parents=True)
     (folder/'batches.meta.txt').write_text('\n'.join(CLASSES) + '\n')
@@ -16,7 +16,7 @@ def cifar10(root, n=10):
         (folder/f'{name}.bin').write_bytes(b''.join(rows))
 
 def flowers102(root, n=24):
-    "`root/flowers102` with n pictures of ten captions each"
+    "`root/flowers102` with n images of ten captions each"
     folder, flowers = root/'flowers102', toy_flowers(DataConfig(n_images=10*n, size=96))
     (folder/'jpg').mkdir(parents=True)
     for i in range(n):

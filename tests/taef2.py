@@ -25,7 +25,7 @@ class Taef2(diffusers.AutoencoderTiny):
 def save_taef2(
     weights, # folder with the fp16 weights
     out,     # gets a diffusers folder of class `Taef2`
-    batches  # pictures (b, 3, h, w) in [-1, 1] whose latents get unit variance
+    batches  # images (b, 3, h, w) in [-1, 1] whose latents get unit variance
 ):
     "Write the VAE in diffusers' layout, its scale folded, and let diffusers know its class"
     diffusers.Taef2 = Taef2

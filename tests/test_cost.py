@@ -3,9 +3,9 @@ import json, os, subprocess, sys
 from dataclasses import asdict
 import pytest
 from t2i_nb import cost
-from t2i_nb.checkpoint import cost_summary, open_ledger, read_cost
+from t2i_nb.checkpoint import cost_summary, open_cost_log, read_cost
 from t2i_nb.core import InputError, apply_overrides, find_recipe, load_config, save_config
-from t2i_nb.train import RunConfig
+from t2i_nb.recipe import RunConfig
 
 RECIPES = ('flowers128', 'cifar10', 'pokemon32', 'celeba128')
 
@@ -33,7 +33,7 @@ def test_what_must_change_an_estimate():
     def hours(*overrides, **how): return cost.estimate(recipe('flowers128', *overrides), 'ml.g4dn.xlarge', **{'spot': False, **how}).hours[1]
     plain = cost.estimate(base, 'ml.g4dn.xlarge', spot=False).hours[1]
     assert hours('train.n_images=1106000') > 1.7*plain and hours('unet.width=256') > 2*plain and hours('train.precision=float32') > 2*plain
-    assert hours('train.gradient_checkpointing=true') > plain and hours(cached=False) > 2*plain and hours(pictures=80_000) > plain
+    assert hours('train.gradient_checkpointing=true') > plain and hours(cached=False) > 2*plain and hours(images=80_000) > plain
     assert hours('train.validation_images=2560') > plain and hours('data.flip=true') > plain
     assert cost.estimate(base, 'ml.g4dn.xlarge', prices={'ml.g4dn.xlarge': 7.36}, spot=False).dollars[1] == pytest.approx(7.36*plain)
     assert not cost.estimate(recipe('flowers128', 'unet.width=512', 'train.global_batch=512'), 'ml.g4dn.xlarge').fits
@@ -110,15 +110,15 @@ def test_the_real_client(monkeypatch):
 def test_a_bill_over_lives(tmp_path, monkeypatch):
     "Lives add up, whatever is lost: the file, a checkpoint's totals, or both"
     monkeypatch.setenv('T2I_PREDICTED_SECONDS', '400')
-    ledger = open_ledger(tmp_path, 36., 0)
-    ledger.since -= 100
-    totals = ledger.note(640, now=True)
+    cost_log = open_cost_log(tmp_path, 36., 0)
+    cost_log.since -= 100
+    totals = cost_log.note(640, now=True)
     assert totals['dollars'] >= 1 and cost_summary(tmp_path)['predicted_seconds'] == 400
     monkeypatch.delenv('T2I_PREDICTED_SECONDS')
-    second = open_ledger(tmp_path, 36., 600, totals)
+    second = open_cost_log(tmp_path, 36., 600, totals)
     assert second.life['images_lost'] == 40 and second.predicted == 400
     (tmp_path/'cost.json').unlink()
-    third = open_ledger(tmp_path, 36., 600, totals)
+    third = open_cost_log(tmp_path, 36., 600, totals)
     assert third.note(700, now=True)['lives'] == 2 and cost_summary(tmp_path)['dollars'] >= totals['dollars']
     (tmp_path/'cost.json').write_bytes(b'\0'*50)
-    assert open_ledger(tmp_path, 0., 600).note(700)['lives'] == 1 and read_cost(tmp_path)['lives']
+    assert open_cost_log(tmp_path, 0., 600).note(700)['lives'] == 1 and read_cost(tmp_path)['lives']

@@ -3,7 +3,7 @@ import json, os, secrets, subprocess, sys
 from importlib.util import find_spec
 import pytest
 from t2i_nb.core import apply_overrides, find_recipe, load_config, save_config
-from t2i_nb.train import RunConfig
+from t2i_nb.recipe import RunConfig
 
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='sends SIGSTOP and SIGKILL')
 SMALL = ['data.n_images=64', 'unet.width=16', 'unet.attention_size=8', 'unet.overrides={"block_out_channels": [8, 16]}', 'train.global_batch=8',
@@ -16,10 +16,10 @@ def files(folder): return [p for p in folder.rglob('*') if p.is_file()]
 
 def test_every_interruption(tmp_path, monkeypatch):
     "Five interruptions of both kinds: the same bits, at most an interval lost, and six keys of the environment in no file"
-    from t2i_nb.drill import drill, timeline
+    from t2i_nb.drill import run_drill, timeline
     keys = {name: f'{name[:4]}{secrets.token_hex(16)}' for name in NAMES}
     for name, value in keys.items(): monkeypatch.setenv(name, value)
-    r = drill(small(), tmp_path/'drill', interruptions=5, deadline=600)
+    r = run_drill(small(), tmp_path/'drill', interruptions=5, deadline=600)
     told = '\n'.join(timeline(r))
     assert [i['kind'] for i in r['interruptions']] == ['machine', 'worker', 'machine', 'worker', 'machine'], told
     assert r['lives'][-1]['ended'] == 'done' and set(r['equal']) == {'unet', 'ema', 'optimizer', 'pipeline'}, told
@@ -36,8 +36,8 @@ def test_every_interruption(tmp_path, monkeypatch):
 
 def test_another_number_of_machines(tmp_path):
     "Two machines, then one: the same draws in the same order, and losses that differ by the order of summation"
-    from t2i_nb.drill import drill, timeline
-    r = drill(small('train.zero_stage=0'), tmp_path/'drill', interruptions=1, nodes=[2, 1], deadline=600)
+    from t2i_nb.drill import run_drill, timeline
+    r = run_drill(small('train.zero_stage=0'), tmp_path/'drill', interruptions=1, nodes=[2, 1], deadline=600)
     told = '\n'.join(timeline(r))
     assert [o['nodes'] for o in r['lives']] == [2, 1] and r['same_draws'] and r['loss_difference'] < 1e-5, told
 

@@ -1,10 +1,10 @@
-"KID through EfficientNet-lite0 on real photographs: what a page cannot show, because neither network nor pictures are shipped."
+"KID through EfficientNet-lite0 on real photographs: what a page cannot show, because neither network nor images are shipped."
 import subprocess, sys
 import pytest
 import torch
 from t2i_nb.core import InputError, to_pil
 from t2i_nb.data import DataConfig
-from t2i_nb.evaluation import copy_report, kid, load_feature_network, picture_report, score_copies, unseen_pictures
+from t2i_nb.evaluation import copy_report, kid, load_feature_network, image_report, score_copies, unseen_images
 
 N = 80 # of each side: with 32 the chance of the draw is as large as what is measured
 
@@ -17,9 +17,9 @@ def network():
 
 @pytest.fixture(scope='module')
 def photos(test_data):
-    "Photographs of two kinds, each as dataset and N pictures: other pictures of the same twelve species"
+    "Photographs of two kinds, each as dataset and N images: other images of the same twelve species"
     sources = {split: str(test_data('flowers12')/f'{split}.parquet') for split in ('train', 'test')}
-    return {split: unseen_pictures(DataConfig(source=path, size=64), path, N)[:2] for split, path in sources.items()}
+    return {split: unseen_images(DataConfig(source=path, size=64), path, N)[:2] for split, path in sources.items()}
 
 @pytest.fixture(scope='module')
 def features(network, photos):
@@ -33,11 +33,11 @@ def test_shape_and_determinism(network, photos, features):
 
 def test_photographs_are_chosen_by_seed_from_the_whole_source(photos):
     "A sorted source begins with one species"
-    dataset, pictures = photos['test']
+    dataset, images = photos['test']
     cfg = dataset.cfg
-    again, other = (unseen_pictures(cfg, cfg.source, N, seed)[1] for seed in (1, 2))
-    assert torch.equal(again, pictures) and not torch.equal(other, pictures)
-    assert not torch.equal(pictures, dataset.batch(range(N)))
+    again, other = (unseen_images(cfg, cfg.source, N, seed)[1] for seed in (1, 2))
+    assert torch.equal(again, images) and not torch.equal(other, images)
+    assert not torch.equal(images, dataset.batch(range(N)))
 
 def test_kid_orders_real_and_spoilt_photographs(features):
     distance = {k: kid(features[k], features['train'])['mean'] for k in ('test', 'blurred', 'reversed')}
@@ -58,7 +58,7 @@ def test_species_lie_apart(network, photos):
     assert kid(a, b)['mean'] > 5*abs(kid(a[:8], a[8:])['mean'])
 
 def test_report_names_network_resolution_and_sizes(network, photos):
-    report = picture_report(photos['test'][1][:8], photos['train'][1][:8], network)
+    report = image_report(photos['test'][1][:8], photos['train'][1][:8], network)
     assert report['kid']['network'] == 'efficientnet-lite0' and report['kid']['resolution'] == 224
     assert report['kid']['n'] == [8, 8]
 

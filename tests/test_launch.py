@@ -8,7 +8,7 @@ from servers import MotoServer
 from t2i_nb import sagemaker_launch as L
 from t2i_nb.cli import main
 from t2i_nb.core import InputError, apply_overrides, find_recipe, load_config
-from t2i_nb.train import RunConfig
+from t2i_nb.recipe import RunConfig
 
 boto3 = pytest.importorskip('boto3')
 pytest.importorskip('sagemaker')
@@ -125,7 +125,7 @@ def test_an_interrupted_upload_sends_what_is_missing(aws, photos, monkeypatch):
 
 def test_an_interrupted_large_file_sends_the_missing_parts(aws, tmp_path):
     big, parts, part = tmp_path/'table.parquet', [], 5*2**20 # S3 takes no smaller ones
-    big.write_bytes(hashlib.shake_256(b'pictures').digest(2*part + 1000))
+    big.write_bytes(hashlib.shake_256(b'images').digest(2*part + 1000))
     class Flaky:
         def __getattr__(self, name): return getattr(aws, name)
         def upload_part(self, **what):
@@ -208,7 +208,7 @@ def test_a_job_is_followed_through_its_log(aws, photos, capsys):
     logs.put_log_events(logGroupName='/aws/sagemaker/TrainingJobs', logStreamName=stream, logEvents=[
         dict(timestamp=int(1000*time.time()) + i, message=line.format(4*i, 9 - i)) for i in range(3)])
     code, said, told = t2i(capsys, 'launch', '--attach', job, '--region', 'eu-west-1')
-    assert code == 0 and '8 pictures seen, 51.2 images/s, loss 0.7000' in told and 'is done' in said, (said, told)
+    assert code == 0 and '8 images seen, 51.2 images/s, loss 0.7000' in told and 'is done' in said, (said, told)
 
 def test_whoever_watches_may_leave(aws, capsys, monkeypatch):
     asked, job = [], dict(TrainingJobName='t2i-mine-1', TrainingJobStatus='InProgress', SecondaryStatusTransitions=[],

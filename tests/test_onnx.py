@@ -1,4 +1,4 @@
-"The exported folder: the same pictures as torch, in any batch, in a process without torch, and refusals in a sentence."
+"The exported folder: the same images as torch, in any batch, in a process without torch, and refusals in a sentence."
 import json, shutil, subprocess, sys
 import numpy as np
 import pytest
@@ -9,9 +9,10 @@ from PIL import Image
 from t2i_nb.captions import encode_prompts
 from t2i_nb.core import InputError, to_pil
 from t2i_nb.onnx_export import OnnxBackend, export_pipeline, open_folder, tiny_pipeline
-from t2i_nb.onnx_runtime import SAMPLERS, Cancelled, OnnxPipeline, Refused, draw_latents
-from t2i_nb.provenance import compare_pixels, pipeline_digest, read_provenance, recreate
-from t2i_nb.sampling import draw, load_pipeline, make_generators
+from t2i_nb.onnx_runtime import SOLVERS, DrawingCancelled, OnnxPipeline, Refused, draw_latents
+from t2i_nb.provenance import compare_pixels, pipeline_digest, read_provenance, draw_again
+from t2i_nb.sampling import draw, make_generators
+from t2i_nb.pipeline import load_pipeline
 
 PROMPTS, SEEDS = ['a red flower', 'a large blue flower with five petals', 'yellow petals', 'a white daisy at night'], [3, 2**33 + 1, 0, 11]
 GUARD = '''import runpy, sys
@@ -65,8 +66,8 @@ def test_one_graph_takes_five_sizes_and_three_batches(run, pipeline):
             feeds = dict(sample=x.numpy(), timestep=t.numpy(), encoder_hidden_states=states[:batch].numpy())
             assert abs(session.run(None, feeds)[0] - wanted).max() <= 1e-4, (h, w, batch)
 
-@pytest.mark.parametrize('sampler', SAMPLERS)
-def test_pictures_are_those_of_torch(run, pipeline, loaded, sampler):
+@pytest.mark.parametrize('sampler', SOLVERS)
+def test_images_are_those_of_torch(run, pipeline, loaded, sampler):
     generate, _ = open_folder(run)
     away = ['', 'red', '', 'petals']
     wanted = draw(pipeline, PROMPTS, make_generators(SEEDS), 6, 1.8, away, sampler)
@@ -99,7 +100,7 @@ def test_its_own_file_draws_without_torch(run, tmp_path, pipeline):
     for i, image in enumerate(ours): np.testing.assert_array_equal(np.asarray(Image.open(tmp_path/f'f-{i}.png')), np.asarray(image))
     facts = read_provenance(tmp_path/'f-1.png')
     assert (facts['prompt'], facts['seed'], facts['backend'], facts['pipeline']) == ('yellow petals', 8, 'onnx', pipeline_digest(run))
-    assert recreate(tmp_path/'f-1.png', pipeline, pipeline_digest(run)).same
+    assert draw_again(tmp_path/'f-1.png', pipeline, pipeline_digest(run)).same
 
 @pytest.mark.parametrize('words, said', [
     (['a flower', '--height', '60'], 'the height 60 is not a multiple of 8'), ([' '], 'empty prompt'), (['red '*60], 'would be cut after'),
@@ -108,9 +109,9 @@ def test_its_own_file_draws_without_torch(run, tmp_path, pipeline):
     (['a', '--num-inference-steps', '0'], 'use 1 to 1000'), (['a', '--guidance-interval', '.9', '.1'], 'the lower first'),
     (['a', '--batch-size', '0'], 'use 1 or more'), (['a', '--folder', 'nowhere'], 'is no exported model')])
 def test_wrong_words_are_refused_in_a_sentence(run, tmp_path, monkeypatch, capsys, words, said):
-    from t2i_nb.onnx_runtime import main
+    from t2i_nb.onnx_runtime import generate_main
     monkeypatch.chdir(tmp_path)
-    assert main([*words] if '--folder' in words else [*words, '--folder', str(run/'onnx')]) == 2
+    assert generate_main([*words] if '--folder' in words else [*words, '--folder', str(run/'onnx')]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count('\n') == 1 and not list(tmp_path.iterdir())
 
@@ -147,9 +148,9 @@ def test_the_playground_draws_with_it_and_cancels(run):
     seen, backend = [], OnnxBackend(run)
     image, seconds = backend(s, lambda n, look: seen.append((n, look().size)))
     assert image.size == (64, 64) and {*seconds} == {'text', 'unet', 'vae', 'other'} and seen == [(n, (64, 64)) for n in range(1, 6)]
-    from t2i_nb.sampling import Cancelled as Stopped
+    from t2i_nb.run import Stopped
     with pytest.raises(Stopped): backend(s, lambda n, look: n == 2)
-    with pytest.raises(Cancelled): draw_latents(backend.loaded, ['a'], [0], 4, callback=lambda *a: True)
+    with pytest.raises(DrawingCancelled): draw_latents(backend.loaded, ['a'], [0], 4, callback=lambda *a: True)
 
 def test_pixels_without_a_vae(tmp_path):
     pipeline = tiny_pipeline(16, 'epsilon', pixels=True, levels=1)
@@ -157,7 +158,7 @@ def test_pixels_without_a_vae(tmp_path):
     assert 'vae_decoder' not in m['modules'] and m['trajectory']['psnr'] >= 45
     done = generate_file(tmp_path/'onnx', 'a red flower', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert Image.open(tmp_path/'picture.png').size == (16, 16)
+    assert Image.open(tmp_path/'image.png').size == (16, 16)
 
 def test_what_is_no_place_for_it_is_left_alone(pipeline, tmp_path):
     (tmp_path/'mine.txt').write_text('mine')

@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from t2i_nb.core import InputError
-from t2i_nb.playground import (LEAST_STEPS, Costs, Playground, PlaygroundState, Settings, TorchBackend, check_settings, find_model, fit, fit_in, generate,
-                               open_state, restore, seconds_for)
+from t2i_nb.playground import LEAST_STEPS, Costs, Playground, PlaygroundState, Settings, TorchBackend, check_settings, find_model, fit, fit_in, open_state, restore, seconds_for
+from t2i_nb.onnx_runtime import generate
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     "A run whose UNet was never trained, with a checkpoint"
-    from t2i_nb.cli import read_recipe
-    from t2i_nb.sampling import save_pipeline
-    from t2i_nb.train import load_components
-    from t2i_nb.unet import Objective, build_unet
+    from t2i_nb.run import read_recipe
+    from t2i_nb.pipeline import save_pipeline
+    from t2i_nb.recipe import load_components
+    from t2i_nb.unet import build_unet
+    from t2i_nb.objective import Objective
     folder, cfg = tmp_path_factory.mktemp('playground')/'run', read_recipe('demo', ['unet.width=16', 'unet.overrides={}'])
     models = load_components(cfg)
     z, dim = models.vae.config.latent_channels, models.text_encoder.config.hidden_size
@@ -163,7 +164,7 @@ class Browser:
     def choose(self, label, option):
         self.js(f'(e => {{ e.value = {option!r}; for (const kind of ["input", "change"]) e.dispatchEvent(new Event(kind, {{bubbles: true}})) }})(field({label!r}))')
         time.sleep(1) # what is entered waits while the kernel is busy; a click does not
-    def picture(self, path): Path(path).write_bytes(base64.b64decode(self.send('Page.captureScreenshot', format='png')['data']))
+    def image(self, path): Path(path).write_bytes(base64.b64decode(self.send('Page.captureScreenshot', format='png')['data']))
     def close(self):
         if self.socket: self.socket.close()
         stop(self.process)
@@ -247,7 +248,7 @@ def user_session(browser, keep=lambda name: None, steps='300'):
         browser.click('button("Generate")')
         browser.until(f'says({said!r})')
         browser.click('thumbs().at(-1)')
-        browser.until('says("settings of picture 1")')
+        browser.until('says("settings of image 1")')
     assert browser.js('[field("prompt").value, field("size").value]') == ['a large red flower with five round petals', '64']
     assert browser.js('field("steps").value') not in ('4', steps)
     browser.choose('backend', 'onnx')
@@ -270,7 +271,7 @@ def test_in_jupyterlab(run, tmp_path):
     if not lab: pytest.skip('no JupyterLab: pip install jupyterlab, or set T2I_JUPYTER_LAB to one in an environment that also has ipywidgets')
     if not chromium: pytest.skip('no Chromium: install it, or set T2I_CHROMIUM')
     pytest.importorskip('ipykernel'), pytest.importorskip('tornado')
-    from t2i_nb.deploy import export # so that the panel offers ONNX beside torch
+    from t2i_nb.commands import export
     export(run)
     cell = f'from t2i_nb.deploy import open_playground\nopen_playground({str(run)!r})'
     for attempt in range(4): # on a busy machine Lab now and then loses its kernel while it starts

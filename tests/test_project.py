@@ -107,10 +107,10 @@ def test_core_alone_suffices(project):
     done = fresh(code, str(project/'tools'))
     assert done.returncode == 0, done.stderr
 
-@pytest.mark.parametrize('source', ('pictures.parquet', 'hf:somebody/pictures'))
+@pytest.mark.parametrize('source', ('images.parquet', 'hf:somebody/images'))
 def test_missing_dependency_is_named(source, project, tmp_path):
     "Known defect n, second half: a feature whose dependency is missing says what to install"
-    (tmp_path/'pictures.parquet').write_bytes(b'PAR1')
+    (tmp_path/'images.parquet').write_bytes(b'PAR1')
     code = '''import sys; sys.path.insert(0, sys.argv[1]); import core_only; core_only.block_all_but_core()
 from t2i_nb.core import InputError
 from t2i_nb.data import DataConfig; from t2i_nb.sources import load_dataset
@@ -123,7 +123,7 @@ def test_missing_features_are_named(project):
     "The same of the feature network that fine-tuning may use"
     code = '''import sys; sys.path.insert(0, sys.argv[1]); import core_only; core_only.block_all_but_core()
 from t2i_nb.core import InputError
-from t2i_nb.vae import feature_maps
+from t2i_nb.vae_train import feature_maps
 try: feature_maps()
 except InputError as e: print(e)'''
     done = fresh(code, str(project/'tools'))

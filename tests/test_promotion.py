@@ -3,8 +3,8 @@ import gzip, io, os, shutil, signal, socket, subprocess, sys, tarfile, time
 import pytest
 from servers import MlflowServer, MotoServer
 from t2i_nb.core import InputError, apply_overrides, find_recipe, load_config, save_config
-from t2i_nb.promotion import Limits, promote, read_model, unpack
-from t2i_nb.train import RunConfig
+from t2i_nb.promotion import Limits, promote_model, read_model, unpack
+from t2i_nb.recipe import RunConfig
 
 mlflow = pytest.importorskip('mlflow')
 SMALL = ['unet.width=16', 'unet.levels=1', 'unet.overrides={}', 'data.n_images=128', 'train.lr=2e-3', 'train.warmup_images=64', 'train.ema_decay=.9',
@@ -14,12 +14,14 @@ EXAM = dict(metric='loss', n_images=16)
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "Runs as training leaves them: two that have learnt nothing, two that have"
-    from t2i_nb.sampling import save_pipeline
-    from t2i_nb.train import averaged, load_components, prepare_data, train
-    from t2i_nb.unet import Objective, build_unet
+    from t2i_nb.pipeline import save_pipeline
+    from t2i_nb.recipe import load_components, prepare_data
+    from t2i_nb.train import averaged, train_steps
+    from t2i_nb.unet import build_unet
+    from t2i_nb.objective import Objective
     work, cfg = tmp_path_factory.mktemp('runs'), apply_overrides(load_config(find_recipe('demo'), RunConfig), SMALL)
     models = load_components(cfg)
-    data, held = (prepare_data(cfg, models, split) for split in ('train', 'validation'))
+    data, val = (prepare_data(cfg, models, split) for split in ('train', 'validation'))
     def leave(name, unet, c):
         save_pipeline(work/name/'pipeline', unet, models, Objective(c.objective))
         save_config(c, work/name/'config.yaml')
@@ -27,7 +29,7 @@ def runs(tmp_path_factory):
         leave(name, build_unet(cfg.unet, 8, data.mean.shape[1], data.states.shape[-1], seed), cfg)
     for n, name in ((960, 'trained'), (320, 'less')):
         c = apply_overrides(cfg, [f'train.n_images={n}'])
-        for state in train(c, work/name, models, data, held): pass
+        for state in train_steps(c, work/name, models, data, val): pass
         leave(name, averaged(state.unet, state.ema), c)
     shutil.copytree(work/'trained', work/'equal')
     leave_config = apply_overrides(load_config(work/'trained'/'config.yaml', RunConfig), ['sample.num_inference_steps=3'])
@@ -45,9 +47,9 @@ def tracking(server, monkeypatch): monkeypatch.setenv('MLFLOW_TRACKING_URI', ser
 
 def twice(candidate, name, **settings):
     "Promote, and promote again: nothing may change"
-    first = promote(str(candidate), name=name, **EXAM | settings)
+    first = promote_model(str(candidate), name=name, **EXAM | settings)
     before = standing(name)
-    again = promote(str(candidate), name=name, **EXAM | settings)
+    again = promote_model(str(candidate), name=name, **EXAM | settings)
     assert standing(name) == before
     assert (again.version, again.champion, again.new) == (first.version, first.champion, False) and first.new
     assert again.reason == f'this model is version {first.version}, and was decided on before: {first.reason}'
@@ -87,12 +89,12 @@ def test_within_noise(runs):
     assert not second.better and second.champion == '1' and 'within twice its standard error' in second.reason, second.reason
 
 def test_photographs_by_kid_and_by_loss(runs, tmp_path):
-    "Pictures in a folder: both measures, the captions as prompts, and what cannot be compared"
+    "Images in a folder: both measures, the captions as prompts, and what cannot be compared"
     from t2i_nb.core import to_pil
-    from t2i_nb.evaluation import fresh_drawings
+    from t2i_nb.classifier import fresh_drawings
     (tmp_path/'photos').mkdir()
-    for i, picture in enumerate(to_pil(fresh_drawings(24)[1])):
-        picture.save(tmp_path/'photos'/f'{i}.png')
+    for i, image in enumerate(to_pil(fresh_drawings(24)[1])):
+        image.save(tmp_path/'photos'/f'{i}.png')
         (tmp_path/'photos'/f'{i}.txt').write_text('a red flower')
     made = {}
     for name, further in dict(fresh=[], trained=[], less=['objective.prediction_type=epsilon']).items():
@@ -100,28 +102,28 @@ def test_photographs_by_kid_and_by_loss(runs, tmp_path):
         shutil.copytree(runs/name/'pipeline', made[name]/'pipeline')
         save_config(apply_overrides(load_config(runs/name/'config.yaml', RunConfig),
                                     [f'data.source={tmp_path}/photos', 'data.validation_fraction=.5', *further]), made[name]/'config.yaml')
-    assert twice(made['fresh'], 'by-kid', metric='kid', n_images=8, features='reader').better
-    second = twice(made['trained'], 'by-kid', metric='kid', n_images=8, features='reader')
+    assert twice(made['fresh'], 'by-kid', metric='kid', n_images=8, features='classifier').better
+    second = twice(made['trained'], 'by-kid', metric='kid', n_images=8, features='classifier')
     tags = standing('by-kid')[1]['2']
     assert second.version == '2' and tags['t2i.metric'] == 'kid' and float(tags['t2i.gain']) == pytest.approx(float(tags['t2i.champion']) - float(tags['t2i.mean']))
     assert twice(made['fresh'], 'by-loss', data=str(tmp_path/'photos')).better and twice(made['trained'], 'by-loss').better
-    with pytest.raises(InputError, match='differ in their prediction'): promote(str(made['less']), name='by-loss', **EXAM)
-    with pytest.raises(InputError, match='adherence needs toy flowers'): promote(str(made['less']), name='by-loss', metric='adherence')
+    with pytest.raises(InputError, match='differ in their prediction'): promote_model(str(made['less']), name='by-loss', **EXAM)
+    with pytest.raises(InputError, match='adherence needs toy flowers'): promote_model(str(made['less']), name='by-loss', metric='adherence')
     assert sorted(standing('by-loss')[1]) == ['1', '2']
-    assert promote(str(made['fresh']), metric='loss', n_images=8).name == 't2i-photos' # named after the source
+    assert promote_model(str(made['fresh']), metric='loss', n_images=8).name == 't2i-photos' # named after the source
 
 @pytest.fixture(scope='module')
 def settled(runs, server):
     "A registered model with a champion"
     with pytest.MonkeyPatch.context() as m:
         m.setenv('MLFLOW_TRACKING_URI', server.address)
-        promote(str(runs/'fresh'), name='settled', **EXAM)
+        promote_model(str(runs/'fresh'), name='settled', **EXAM)
         return standing('settled')
 
 def refused(candidate, sentence, settled, folder):
     "One sentence, nothing written, the champion as it was"
     before = sorted(folder.rglob('*'))
-    with pytest.raises(InputError, match=sentence) as e: promote(str(candidate), name='settled', **EXAM)
+    with pytest.raises(InputError, match=sentence) as e: promote_model(str(candidate), name='settled', **EXAM)
     assert '\n' not in str(e.value)
     assert sorted(folder.rglob('*')) == before and standing('settled') == settled
 
@@ -200,7 +202,7 @@ def test_registry_does_not_answer(runs, tmp_path, monkeypatch, mute):
         monkeypatch.setenv('MLFLOW_TRACKING_URI', f'http://me:pass-8d1f@127.0.0.1:{deaf.getsockname()[1]}')
         monkeypatch.setattr('t2i_nb.promotion.fetch', lambda *a: pytest.fail('fetched before the registry answered'))
         start = time.monotonic()
-        with pytest.raises(InputError, match='the model registry does not answer') as e: promote(str(runs/'fresh'), **EXAM)
+        with pytest.raises(InputError, match='the model registry does not answer') as e: promote_model(str(runs/'fresh'), **EXAM)
     assert time.monotonic() - start < 60 and '\n' not in str(e.value) and 'pass-8d1f' not in str(e.value)
 
 KILLS = '''
@@ -237,7 +239,7 @@ for point in points:
 @pytest.mark.skipif(os.name == 'nt', reason='forks and sends SIGKILL')
 def test_killed_at_any_point(runs, server, tmp_path):
     "SIGKILL along the whole way, each call going on where the last one was killed: there is always one champion, and one version in the end"
-    first = promote(str(runs/'fresh'), name='killed', metric='loss', n_images=8)
+    first = promote_model(str(runs/'fresh'), name='killed', metric='loss', n_images=8)
     done = subprocess.run([sys.executable, '-c', KILLS, str(runs/'trained')], capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -245,7 +247,7 @@ def test_killed_at_any_point(runs, server, tmp_path):
     assert [ended for ended, *_ in seen] == [-signal.SIGKILL]*6 + [0], (seen, done.stderr[-3000:])
     assert [where for _, *where in seen] == [[1, 1]]*2 + [[1, 2]]*3 + [[2, 2]]*2
     champion, versions = standing('killed')
-    again = promote(str(runs/'trained'), name='killed', metric='loss', n_images=8)
+    again = promote_model(str(runs/'trained'), name='killed', metric='loss', n_images=8)
     assert not again.new and again.champion == champion == '2' and 'better by' in again.reason and standing('killed') == (champion, versions)
     assert versions['1']['t2i.digest'] == first.digest and versions['2']['t2i.done'] == 'yes'
     there = mlflow.artifacts.download_artifacts('models:/killed@champion', dst_path=str(tmp_path/'champion'))
@@ -253,14 +255,14 @@ def test_killed_at_any_point(runs, server, tmp_path):
 
 def test_champion_is_checked_before_it_is_beaten(runs, server):
     "A registered file that changed on the server: said, and nothing moves"
-    promote(str(runs/'fresh'), name='spoilt', **EXAM)
+    promote_model(str(runs/'fresh'), name='spoilt', **EXAM)
     before = standing('spoilt')
     run = mlflow.MlflowClient().get_model_version('spoilt', '1').run_id
     file = next(p for p in (server.folder/'artifacts').rglob('diffusion_pytorch_model.safetensors') if run in p.parts and 'unet' in p.parts)
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(InputError, match='version 1 of spoilt in the registry are not those that were registered'): promote(str(runs/'trained'), name='spoilt', **EXAM)
+    with pytest.raises(InputError, match='version 1 of spoilt in the registry are not those that were registered'): promote_model(str(runs/'trained'), name='spoilt', **EXAM)
     assert standing('spoilt') == before
 
 def test_best_run_of_an_experiment(runs, tmp_path):
@@ -274,19 +276,19 @@ def test_best_run_of_an_experiment(runs, tmp_path):
             client.log_artifacts(run, str(runs/folder/'pipeline'), 'pipeline')
             client.log_artifact(run, str(runs/folder/'config.yaml'))
         client.set_terminated(run, status)
-    with pytest.raises(InputError, match="no finished run of 'flowers-runs' has a pipeline"): promote(best='flowers-runs', **EXAM)
+    with pytest.raises(InputError, match="no finished run of 'flowers-runs' has a pipeline"): promote_model(best='flowers-runs', **EXAM)
     log('late', [.9, .8], 'less'); log('early', [.5, .95], 'trained')
     log('failed', [.1], 'fresh', 'FAILED'); log('bare', [.1], None); log('unknown', [], 'fresh')
-    found = promote(best='flowers-runs', name='best', **EXAM)
+    found = promote_model(best='flowers-runs', name='best', **EXAM)
     assert found.digest == read_model(runs/'trained', '').digest and standing('best')[1]['1']['t2i.from'] == 'early'
-    assert not promote(best='flowers-runs', name='best', **EXAM).new
-    with pytest.raises(InputError, match="MLflow has no experiment 'nowhere'"): promote(best='nowhere', **EXAM)
+    assert not promote_model(best='flowers-runs', name='best', **EXAM).new
+    with pytest.raises(InputError, match="MLflow has no experiment 'nowhere'"): promote_model(best='nowhere', **EXAM)
 
 def test_wrong_words(tmp_path):
     for words, sentence in ((dict(), 'name a candidate, or an experiment'), (dict(candidate='a', best='b'), 'name a candidate, or an experiment'),
                             (dict(candidate='a', metric='los'), "no metric 'los' .did you mean 'loss'"), (dict(candidate='a', n_images=2), 'use 3 or more'),
                             (dict(candidate='a', name='a/b'), 'is no name for a model'), (dict(candidate='runs/no.tar.gz'), 'there is no file or folder')):
-        with pytest.raises(InputError, match=sentence): promote(**words)
+        with pytest.raises(InputError, match=sentence): promote_model(**words)
 
 # SageMaker's stand-in ------------------------------------------------------------------------------------------------------
 
@@ -313,7 +315,7 @@ def test_job(runs, moto, tmp_path, monkeypatch):
     s3.create_bucket(Bucket='models', CreateBucketConfiguration=dict(LocationConstraint='eu-west-1'))
     where = job(sagemaker, 'flowers-1')
     assert where.startswith('s3://models/')
-    with pytest.raises(InputError, match=f'{where} cannot be read'): promote('flowers-1', name='jobs', **EXAM) # not there yet
+    with pytest.raises(InputError, match=f'{where} cannot be read'): promote_model('flowers-1', name='jobs', **EXAM) # not there yet
     s3.upload_file(str(archive(runs/'fresh', tmp_path/'model.tar.gz')), *where.removeprefix('s3://').split('/', 1))
     found = twice('flowers-1', 'jobs')
     assert found.better and standing('jobs')[1]['1']['t2i.from'] == 'flowers-1'
@@ -322,14 +324,14 @@ def test_job(runs, moto, tmp_path, monkeypatch):
     before = standing('jobs')
     for candidate, sentence in (('flowers-2', "training job 'flowers-2' cannot be read"), ('s3://nobody/x.tar.gz', 's3://nobody/x.tar.gz cannot be read'),
                                 ('s3://models', 'names no file')):
-        with pytest.raises(InputError, match=sentence): promote(candidate, name='jobs', **EXAM)
-    with pytest.raises(InputError, match='bytes; if it is meant to'): promote('flowers-1', name='jobs', limits=Limits(max_bytes=1000), **EXAM)
+        with pytest.raises(InputError, match=sentence): promote_model(candidate, name='jobs', **EXAM)
+    with pytest.raises(InputError, match='bytes; if it is meant to'): promote_model('flowers-1', name='jobs', limits=Limits(max_bytes=1000), **EXAM)
     for k in ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY'): monkeypatch.delenv(k)
     monkeypatch.setenv('AWS_SHARED_CREDENTIALS_FILE', str(tmp_path/'none'))
-    with pytest.raises(InputError, match='set AWS_PROFILE, or AWS_ACCESS_KEY_ID'): promote('flowers-1', name='jobs', **EXAM)
+    with pytest.raises(InputError, match='set AWS_PROFILE, or AWS_ACCESS_KEY_ID'): promote_model('flowers-1', name='jobs', **EXAM)
     monkeypatch.setenv('AWS_CONFIG_FILE', str(tmp_path/'none'))
     for k in ('AWS_REGION', 'AWS_DEFAULT_REGION'): monkeypatch.delenv(k)
-    with pytest.raises(InputError, match='set AWS_REGION'): promote('flowers-1', name='jobs', **EXAM)
+    with pytest.raises(InputError, match='set AWS_REGION'): promote_model('flowers-1', name='jobs', **EXAM)
     assert standing('jobs') == before
 
 def test_import_is_light():

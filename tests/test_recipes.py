@@ -4,8 +4,8 @@ import pytest
 import layouts
 from t2i_nb.cli import main
 from t2i_nb.core import load_config
-from t2i_nb.tracking import read_metrics
-from t2i_nb.train import RunConfig
+from t2i_nb.checkpoint import read_metrics
+from t2i_nb.recipe import RunConfig
 
 SMALL = ['unet.width=16', 'unet.overrides={}', 'unet.attention_size=4', 'unet.layers_per_block=1', 'train.n_images=8', 'train.global_batch=4',
          'train.micro_batch=2', 'train.log_images=4', 'train.validation_images=8', 'train.checkpoint_images=8', 'train.warmup_images=4',
@@ -65,7 +65,8 @@ def test_a_prompt_tells_its_class(tmp_path):
     overrides = [*SMALL, f'data.root={tmp_path}', 'text.encoder=tiny', 'text.max_length=0', 'data.label=label', 'train.n_images=64',
                  'train.lr=0.01', 'sample.prompts=["a"]', 'data.flip=false']
     assert main(['train', 'cifar10', '--run-dir', str(tmp_path/'run'), '--set', *overrides]) == 0
-    from t2i_nb.sampling import class_labels, draw, load_pipeline, make_generators
+    from t2i_nb.sampling import class_labels, draw, make_generators
+    from t2i_nb.pipeline import load_pipeline
     pipeline = load_pipeline(tmp_path/'run')
     assert pipeline.unet.config.class_names == layouts.CLASSES
     assert class_labels(pipeline.unet, ['a photo of a ship', 'a boat']).tolist() == [8, 10]

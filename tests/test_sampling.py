@@ -1,20 +1,21 @@
-"One seed, one picture: in any batch and order, in plain diffusers, after a kill, and drawn again from the file alone."
+"One seed, one image: in any batch and order, in plain diffusers, after a kill, and drawn again from the file alone."
 import json, os, random, shutil, signal, subprocess, sys, time
 import pytest
 from t2i_nb.captions import build_text_cache, encode_prompts
 from t2i_nb.cli import main
 from t2i_nb.core import InputError, apply_overrides, find_recipe, load_config
 from t2i_nb.evaluation import clipped_share, score_prompts
-from t2i_nb.provenance import draw_folder, pipeline_digest, provenance, read_prompts, read_provenance, recreate, save_drawn
-from t2i_nb.train import SAMPLERS, RunConfig, load_components, open_run
+from t2i_nb.provenance import draw_folder, pipeline_digest, provenance, read_prompts, read_provenance, draw_again, save_drawn
+from t2i_nb.recipe import SAMPLERS, RunConfig, load_components, open_run
 
 HOW = dict(num_inference_steps=3, guidance_scale=2.)
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     "A run of the recipe `demo` with a narrow network that was never trained, and its pipeline"
-    from t2i_nb.sampling import save_pipeline
-    from t2i_nb.unet import Objective, build_unet
+    from t2i_nb.pipeline import save_pipeline
+    from t2i_nb.unet import build_unet
+    from t2i_nb.objective import Objective
     folder = tmp_path_factory.mktemp('sampling')/'run'
     cfg = apply_overrides(load_config(find_recipe('demo'), RunConfig), ['unet.width=16', 'unet.overrides={}', 'unet.layers_per_block=1',
                                                                          'sample.num_inference_steps=3', 'sample.guidance_scale=2'])
@@ -27,7 +28,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def pipeline(run):
-    from t2i_nb.sampling import load_pipeline
+    from t2i_nb.pipeline import load_pipeline
     return load_pipeline(run)
 
 def latents(pipeline, prompts, seeds, order, batch, sampler):
@@ -45,7 +46,7 @@ def latents(pipeline, prompts, seeds, order, batch, sampler):
     return torch.stack([out[j] for j in sorted(out)])
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-def test_a_seed_means_one_picture(pipeline, sampler):
+def test_a_seed_means_one_image(pipeline, sampler):
     import torch
     prompts, _, seeds = score_prompts(12)
     order = list(range(12))
@@ -89,7 +90,8 @@ def test_guidance_1_is_one_pass_and_the_conditional_answer(pipeline):
 def test_text_is_the_same_in_training_and_in_sampling(pipeline, tmp_path, monkeypatch):
     "Letter j: padding, length and mask, in what the network is given"
     import diffusers
-    from t2i_nb.train import prepare_data, train
+    from t2i_nb.recipe import prepare_data
+    from t2i_nb.train import train_steps
     words, encoder = pipeline.tokenizer, pipeline.text_encoder
     captions = ['a red flower', 'a small white flower with eight pointed petals and a black centre at night']
     cache = build_text_cache(captions, words, encoder)
@@ -98,12 +100,12 @@ def test_text_is_the_same_in_training_and_in_sampling(pipeline, tmp_path, monkey
     kept = cache.states[cache.rows(captions)].float()
     assert kept.shape == states.shape and (kept - states).abs().max() < 2e-2
     given, forward = [], diffusers.UNet2DConditionModel.forward
-    def watched(self, sample, timestep, encoder_hidden_states, *args, **kwargs):
+    def watched(self, sample_images, timestep, encoder_hidden_states, *args, **kwargs):
         given.append((encoder_hidden_states.shape[1:], [a for a in args if a is not None], {k for k, v in kwargs.items() if v is not None}))
-        return forward(self, sample, timestep, encoder_hidden_states, *args, **kwargs)
+        return forward(self, sample_images, timestep, encoder_hidden_states, *args, **kwargs)
     monkeypatch.setattr(diffusers.UNet2DConditionModel, 'forward', watched)
-    from t2i_nb.sampling import sample
-    sample(pipeline, captions, [0, 1], **HOW)
+    from t2i_nb.sampling import sample_images
+    sample_images(pipeline, captions, [0, 1], **HOW)
     drawn = list(given)
     given.clear()
     cfg = apply_overrides(load_config(find_recipe('demo'), RunConfig), [
@@ -111,11 +113,11 @@ def test_text_is_the_same_in_training_and_in_sampling(pipeline, tmp_path, monkey
         'train.log_images=4', 'train.validation_images=8', 'train.checkpoint_images=8', 'train.warmup_images=4'])
     models = load_components(cfg)
     data = prepare_data(cfg, models)
-    for _ in train(cfg, tmp_path/'run', models, data, data): pass
+    for _ in train_steps(cfg, tmp_path/'run', models, data, data): pass
     assert len(given) >= 2 and all(not args and not kwargs for _, args, kwargs in drawn + given)
     assert {tuple(shape) for shape, *_ in drawn + given} == {(words.model_max_length, encoder.config.hidden_size)}
 
-def test_pictures_have_the_size_of_training(run, tmp_path, capsys):
+def test_images_have_the_size_of_training(run, tmp_path, capsys):
     "Letter b: or it says why not"
     from PIL import Image
     out = tmp_path/'a.png'
@@ -135,7 +137,7 @@ def test_values_of_pixels_fit_the_file(pipeline):
     assert torch.isfinite(z).all()
 
 def test_cancel_within_a_step(pipeline):
-    from t2i_nb.sampling import Cancelled, sample
+    from t2i_nb.sampling import Cancelled, sample_images
     for answer, error in ((True, Cancelled), (ValueError('mine'), ValueError)):
         steps = []
         def callback(i, t, x):
@@ -143,30 +145,30 @@ def test_cancel_within_a_step(pipeline):
             if len(steps) < 2: return None
             if answer is True: return True
             raise answer
-        with pytest.raises(error): sample(pipeline, ['a red flower']*3, range(3), 8, callback=callback)
+        with pytest.raises(error): sample_images(pipeline, ['a red flower']*3, range(3), 8, callback=callback)
         assert steps == [0, 1]
 
-# What pictures say ---------------------------------------------------------------------------------------------------------------
+# What images say ---------------------------------------------------------------------------------------------------------------
 
 def rewrite(path, out, image=None, **facts):
-    "Change what a picture shows or says, as an editor would"
+    "Change what an image shows or says, as an editor would"
     from PIL import Image, PngImagePlugin
     said, chunks = read_provenance(path), PngImagePlugin.PngInfo()
     chunks.add_text('t2i', json.dumps(said | facts))
     with Image.open(path) as old: (image or old).save(out, pnginfo=chunks)
     return out
 
-def test_a_hundred_pictures_are_drawn_again(run, pipeline, tmp_path):
+def test_a_hundred_images_are_drawn_again(run, pipeline, tmp_path):
     from PIL import Image
-    from t2i_nb.sampling import sample
+    from t2i_nb.sampling import sample_images
     prompts, _, seeds = score_prompts(100)
     table = tmp_path/'prompts.csv'
     table.write_text('prompt,seed\n' + ''.join(f'"{p}",{s}\n' for p, s in zip(prompts, seeds)))
     asked, digest = read_prompts(table), pipeline_digest(run)
     facts = lambda ps: provenance([p['prompt'] for p in ps], [p['seed'] for p in ps], digest, [p['negative_prompt'] for p in ps], **HOW)
-    assert draw_folder(lambda *a, **k: sample(pipeline, *a, **k, **HOW), asked, tmp_path/'many', facts) == 100
+    assert draw_folder(lambda *a, **k: sample_images(pipeline, *a, **k, **HOW), asked, tmp_path/'many', facts) == 100
     files = sorted((tmp_path/'many').glob('*.png'))
-    found = [recreate(f, pipeline) for f in files]
+    found = [draw_again(f, pipeline) for f in files]
     assert len(found) == 100 and all(o.same for o in found), [o.verdict for o in found if not o.same]
     assert max(o.worst for o in found) <= 2
     said = Image.open(files[0]).text['parameters']
@@ -176,38 +178,38 @@ def test_a_hundred_pictures_are_drawn_again(run, pipeline, tmp_path):
     one = read_provenance(files[0])
     for facts, image, words in ((dict(seed=one['seed'] + 1), None, 'what it says was changed'), (dict(prompt='a blue flower'), None, 'what it says was changed'),
                                 (dict(guidance_scale=2.5), None, 'what it says was changed'), ({}, shown, 'its pixels were changed')):
-        verdict = recreate(rewrite(files[0], tmp_path/'changed.png', image, **facts), pipeline)
+        verdict = draw_again(rewrite(files[0], tmp_path/'changed.png', image, **facts), pipeline)
         assert not verdict.same and words in verdict.verdict
 
 def test_another_checkpoint_is_noticed(run, pipeline, tmp_path, capsys):
     import safetensors.torch
-    from t2i_nb.sampling import sample
-    picture = save_drawn(sample(pipeline, ['a red flower', 'a blue flower'], [3, 4], **HOW), tmp_path/'grid.png',
+    from t2i_nb.sampling import sample_images
+    image = save_drawn(sample_images(pipeline, ['a red flower', 'a blue flower'], [3, 4], **HOW), tmp_path/'grid.png',
                          provenance(['a red flower', 'a blue flower'], [3, 4], pipeline_digest(run), **HOW))
-    assert main(['sample', str(run), '--recreate', str(picture), '--out', str(tmp_path/'again.png')]) == 0
+    assert main(['sample', str(run), '--recreate', str(image), '--out', str(tmp_path/'again.png')]) == 0
     assert 'matches' in capsys.readouterr().out and (tmp_path/'again.png').is_file()
     shutil.copytree(run, tmp_path/'other')
     weights = tmp_path/'other'/'pipeline'/'unet'/'diffusion_pytorch_model.safetensors'
     safetensors.torch.save_file({k: v*1.01 for k, v in safetensors.torch.load_file(weights).items()}, weights, metadata=dict(format='pt'))
-    assert main(['sample', str(tmp_path/'other'), '--recreate', str(picture)]) == 2
+    assert main(['sample', str(tmp_path/'other'), '--recreate', str(image)]) == 2
     assert 'does not match: it was drawn with another checkpoint' in capsys.readouterr().err
-    shutil.copy(picture, tmp_path/'cut.png')
-    (tmp_path/'cut.png').write_bytes(picture.read_bytes()[:200])
+    shutil.copy(image, tmp_path/'cut.png')
+    (tmp_path/'cut.png').write_bytes(image.read_bytes()[:200])
     assert main(['sample', str(run), '--recreate', str(tmp_path/'cut.png')]) == 2
     assert main(['sample', str(run), '--recreate', str(tmp_path/'absent.png')]) == 2
     assert 'Traceback' not in capsys.readouterr().err
 
-@pytest.mark.parametrize('facts', (dict(num_inference_steps='x'), dict(sampler='nine'), dict(seed=None), dict(pictures=3), dict(guidance_interval=5)))
+@pytest.mark.parametrize('facts', (dict(num_inference_steps='x'), dict(sampler='nine'), dict(seed=None), dict(images=3), dict(guidance_interval=5)))
 def test_damaged_chunks_are_a_sentence(run, pipeline, tmp_path, facts, capsys):
-    from t2i_nb.sampling import sample
-    picture = save_drawn(sample(pipeline, ['a red flower'], [3], **HOW), tmp_path/'a.png', provenance(['a red flower'], [3], pipeline_digest(run), **HOW))
-    assert main(['sample', str(run), '--recreate', str(rewrite(picture, tmp_path/'b.png', **facts))]) == 2
+    from t2i_nb.sampling import sample_images
+    image = save_drawn(sample_images(pipeline, ['a red flower'], [3], **HOW), tmp_path/'a.png', provenance(['a red flower'], [3], pipeline_digest(run), **HOW))
+    assert main(['sample', str(run), '--recreate', str(rewrite(image, tmp_path/'b.png', **facts))]) == 2
     assert 'Traceback' not in capsys.readouterr().err
 
 # Tables of prompts -----------------------------------------------------------------------------------------------------------------
 
 def test_a_killed_table_goes_on(run, tmp_path):
-    "SIGKILL leaves whole pictures with their captions; the same command draws the others, and the folder is a source"
+    "SIGKILL leaves whole images with their captions; the same command draws the others, and the folder is a source"
     from PIL import Image
     from t2i_nb.data import DataConfig
     from t2i_nb.sources import load_dataset
@@ -255,7 +257,7 @@ def test_more_wrong_words(run, tmp_path, capsys):
                             (['a', '--guidance-interval', '1'], 'LOW,HIGH'), (['a', '--guidance-rescale', '2'], 'use 0 to 1'),
                             (['a', '--start', str(tmp_path/'text.png')], 'needs --start-level'), (['a', '--seed', '-1'], '--seed is -1'),
                             (['a', '--start', str(tmp_path/'text.png'), '--start-level', '.5'], 'cannot be read'),
-                            (['a', '--start', str(tmp_path/'none.png'), '--start-level', '.5'], 'there is no picture'),
+                            (['a', '--start', str(tmp_path/'none.png'), '--start-level', '.5'], 'there is no image'),
                             (['a', '--start-level', '2'], '--start-level is 2'), (['a', '--num-inference-steps', '1001'], 'more than the 1000 timesteps'),
                             (['--prompts', str(tmp_path/'p.csv'), '--per-prompt', '0'], '--per-prompt is 0')):
         assert main(['sample', str(run), *words, *out]) == 2, words
@@ -263,7 +265,7 @@ def test_more_wrong_words(run, tmp_path, capsys):
         assert sentence in said and 'Traceback' not in said, (words, said)
     assert not (tmp_path/'x'/'a.png').exists()
 
-def test_a_picture_of_a_picture(run, tmp_path, capsys):
+def test_a_image_of_a_image(run, tmp_path, capsys):
     from PIL import Image
     Image.new('RGB', (80, 70), (200, 30, 30)).save(tmp_path/'red.png')
     Image.new('RGB', (80, 70), (30, 30, 200)).save(tmp_path/'blue.png')
@@ -271,8 +273,8 @@ def test_a_picture_of_a_picture(run, tmp_path, capsys):
     assert main(['sample', str(run), 'a red flower', '--start', str(tmp_path/'red.png'), '--start-level', '.6', '--sampler', 'euler_a', '--out', out]) == 0
     again = ['sample', str(run), '--recreate', out]
     capsys.readouterr()
-    assert main(again) == 2 and 'began with another picture; give it with --start' in capsys.readouterr().err
-    assert main([*again, '--start', str(tmp_path/'blue.png')]) == 2 and 'began with another picture than the one given' in capsys.readouterr().err
+    assert main(again) == 2 and 'began with another image; give it with --start' in capsys.readouterr().err
+    assert main([*again, '--start', str(tmp_path/'blue.png')]) == 2 and 'began with another image than the one given' in capsys.readouterr().err
     assert main([*again, '--start', str(tmp_path/'red.png')]) == 0
 
 def test_unwritable_folders(run, pipeline, tmp_path):

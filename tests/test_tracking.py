@@ -5,7 +5,8 @@ import yaml
 from PIL import Image
 from servers import MlflowServer
 from t2i_nb.core import InputError
-from t2i_nb.tracking import check_trackers, follow, read_metrics, read_notes, send
+from t2i_nb.checkpoint import read_metrics
+from t2i_nb.tracking import check_trackers, follow, read_notes, send_run
 
 mlflow = pytest.importorskip('mlflow')
 
@@ -55,13 +56,13 @@ def everything(run, address):
         bins = {f'validation_bin_{i}': v for i, v in enumerate(row.pop('validation_bins', ()))}
         for k, v in (row | bins).items():
             if k != 'images_seen': expected.setdefault(k, []).append((row['images_seen'], v))
-    held = {k: sorted((m.step, m.value) for m in client.get_metric_history(run_id, k)) for k in there.data.metrics}
-    system = {k: held.pop(k) for k in list(held) if k.startswith('system/')}
-    assert held == expected
+    val = {k: sorted((m.step, m.value) for m in client.get_metric_history(run_id, k)) for k in there.data.metrics}
+    system = {k: val.pop(k) for k in list(val) if k.startswith('system/')}
+    assert val == expected
     assert all(len({step for step, _ in values}) == len(values) for values in system.values())
     assert (len(there.data.params), there.data.params['train.lr'], len(there.data.params['long'])) == (125, '0.001', 6000)
-    pictures = sorted(p.name for p in (run/'samples').iterdir())
-    assert [f.path for f in client.list_artifacts(run_id, 'samples')] == [f'samples/{name}' for name in pictures]
+    images = sorted(p.name for p in (run/'samples').iterdir())
+    assert [f.path for f in client.list_artifacts(run_id, 'samples')] == [f'samples/{name}' for name in images]
     return there, system
 
 @posix
@@ -98,12 +99,12 @@ def test_server_never_comes_back(server, tmp_path, monkeypatch, mute):
         assert len(said) == 2 and 'training goes on' in said[0] and f'`t2i track {run}` sends the rest' in said[1], said
         assert longest < 1 and 'pass-8d1f' not in str(said)
         if mute: return # `send` would wait a minute
-        with pytest.raises(InputError, match='mlflow cannot be reached') as e: send(run, ['mlflow'])
+        with pytest.raises(InputError, match='mlflow cannot be reached') as e: send_run(run, ['mlflow'])
         assert '\n' not in str(e.value) and 'pass-8d1f' not in str(e.value)
     (run/'pipeline').mkdir()
     (run/'pipeline'/'model_index.json').write_text('{}')
     monkeypatch.setenv('MLFLOW_TRACKING_URI', server.address)
-    assert send(run, ['mlflow'])['mlflow'] == dict(rows=404, pictures=4, pipelines=1)
+    assert send_run(run, ['mlflow'])['mlflow'] == dict(rows=404, images=4, pipelines=1)
     there, _ = everything(run, server.address)
     assert [f.path for f in mlflow.MlflowClient(server.address).list_artifacts(there.info.run_id, 'pipeline')] == ['pipeline/model_index.json']
     assert not any(b'pass-8d1f' in p.read_bytes() for p in run.rglob('*') if p.is_file())
@@ -125,7 +126,7 @@ def test_resumed_run_leaves_no_duplicate(server, tmp_path, monkeypatch):
     (run/'tracking.json').write_text(json.dumps(notes | dict(mlflow={}, tensorboard={}))) # killed between sending and noting
     (run/'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in kept))
     for _ in stand_in(run, start=1600, speed=70.): pass
-    assert [n['rows'] for n in send(run, ['mlflow', 'tensorboard']).values()] == [0, 0]
+    assert [n['rows'] for n in send_run(run, ['mlflow', 'tensorboard']).values()] == [0, 0]
     (run/'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in first))
     everything(run, server.address)
     assert said == [] and len(ids) == 1
@@ -159,9 +160,9 @@ send(run, ['mlflow', 'tensorboard'])
 
 def test_unknown_tracker(tmp_path):
     "Refused before anything starts; importing the module loads no tracker"
-    for refuse in (lambda: check_trackers(['mlfow']), lambda: send(tmp_path, ['mlfow']), lambda: follow(tmp_path, ['mlfow']).__enter__()):
+    for refuse in (lambda: check_trackers(['mlfow']), lambda: send_run(tmp_path, ['mlfow']), lambda: follow(tmp_path, ['mlfow']).__enter__()):
         with pytest.raises(InputError, match="there is no tracker 'mlfow' \\(did you mean 'mlflow'\\?\\)"): refuse()
-    with pytest.raises(InputError, match='holds no run'): send(tmp_path, ['mlflow'])
+    with pytest.raises(InputError, match='holds no run'): send_run(tmp_path, ['mlflow'])
     heavy = "{'torch', 'mlflow', 'tensorboard', 'wandb', 'psutil', 'matplotlib', 'PIL', 'numpy'}"
     code = f'import sys, t2i_nb.tracking; print(sorted({heavy} & set(sys.modules)))'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'

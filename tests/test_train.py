@@ -4,7 +4,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 import pytest
 from t2i_nb.checkpoint import checkpoint_folders, cost_summary, newest_checkpoint, read_cost
-from t2i_nb.tracking import read_metrics
+from t2i_nb.checkpoint import read_metrics
 
 SMALL = ['data.n_images=64', 'data.size=64', 'unet.width=16', 'unet.attention_size=8', 'unet.overrides={"block_out_channels": [8, 16]}',
          'train.n_images=320', 'train.global_batch=8', 'train.micro_batch=0', 'train.warmup_images=80', 'train.log_images=8',
@@ -19,25 +19,26 @@ import torch
 import t2i_nb.train
 from pathlib import Path
 from t2i_nb.core import apply_overrides, find_recipe, load_config
-from t2i_nb.train import Components, RunConfig, TrainingData, make_batch, picture_order, stop_signals, train
+from t2i_nb.recipe import Components, RunConfig, TrainingData
+from t2i_nb.train import make_batch, image_order, stop_signals, train_steps
 torch.set_num_threads(1)
-def pictures(n, seed):
+def images(n, seed):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=g).half()
     return TrainingData(draw(n, 8, 8, 8), draw(n, 8, 8, 8).abs()/4, torch.arange(1, n + 1)[:, None], draw(n + 1, 4, 32))
-parts = pictures(64, 0), pictures(8, 1)
-def note_draws(path): # one line a draw: its number, its picture, a digest of everything that was drawn for it
+parts = images(64, 0), images(8, 1)
+def note_draws(path): # one line a draw: its number, its image, a digest of everything that was drawn for it
     def noting(data, cfg, k, n):
         batch = make_batch(data, cfg, k, n)
         digest = lambda i: hashlib.blake2b(b''.join(v[i].numpy().tobytes() for v in batch.values())).hexdigest()[:16]
         with open(path, 'a') as f:
-            for i in range(n): f.write(json.dumps([k + i, picture_order(len(data), cfg.seed, k + i), digest(i)]) + '\\n')
+            for i in range(n): f.write(json.dumps([k + i, image_order(len(data), cfg.seed, k + i), digest(i)]) + '\\n')
         return batch
     t2i_nb.train.make_batch = noting
 def fit(run, overrides, log=lambda text: None):
     cfg = apply_overrides(load_config(find_recipe('demo'), RunConfig), overrides)
-    with stop_signals() as asked:
-        for state in train(cfg, Path(run), Components(None, None, None), *parts, log=log, asked=asked): pass
+    with stop_signals() as should_stop:
+        for state in train(cfg, Path(run), Components(None, None, None), *parts, log=log, should_stop=should_stop): pass
     return state.ended
 os.environ['DS_ACCELERATOR'] = 'cpu'
 try: import deepspeed.runtime.zero.muon.muon_optimizer # the slow one of its imports
@@ -75,7 +76,7 @@ class Nursery:
         self.process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout.readline() == 'ready\n'
     def answer(self): return json.loads(self.process.stdout.readline())
-    def train(self, run, overrides, end=None, **job):
+    def train_steps(self, run, overrides, end=None, **job):
         "What the training said last, its exit status, its seconds"
         begun, said = time.perf_counter(), {}
         if 'world' in job:
@@ -97,7 +98,7 @@ def nursery(tmp_path_factory):
 def alone(nursery, tmp_path_factory):
     "What a run leaves that nobody interrupts"
     run = tmp_path_factory.mktemp('alone')/'run'
-    assert nursery.train(run, SMALL)[:2] == (dict(ended='pictures'), 0)
+    assert nursery.train(run, SMALL)[:2] == (dict(ended='images'), 0)
     return what_is_left(run)
 
 posix = pytest.mark.skipif(os.name == 'nt', reason='forks, and sends SIGKILL')
@@ -143,7 +144,7 @@ def test_killed_twenty_times(nursery, tmp_path, micro, stage, job):
         assert status == -signal.SIGKILL, f'ended before kill {k}'
         halves += half_written()
     said, status, _ = nursery.train(run, overrides, **job)
-    assert (said, status) == (dict(ended='pictures'), 0) and halves >= 1
+    assert (said, status) == (dict(ended='images'), 0) and halves >= 1
     assert what_is_left(run) == what_is_left(tmp_path/'whole')
 
 @posix
@@ -242,11 +243,11 @@ def test_another_number_of_processes(nursery, tmp_path, first, then, stage):
     if stage and not find_spec('deepspeed'): pytest.skip('DeepSpeed is not installed')
     longer, world = [*SMALL, 'train.n_images=640', 'train.checkpoint_images=160', f'train.zero_stage={stage}'], lambda n: dict(world=n) if n > 1 else {}
     draws = lambda name: {tuple(json.loads(l)) for p in tmp_path.glob(f'{name}.draws.*') for l in p.read_text().splitlines()}
-    assert nursery.train(tmp_path/'alone', longer, draws=str(tmp_path/'alone.draws'))[0] == dict(ended='pictures')
+    assert nursery.train(tmp_path/'alone', longer, draws=str(tmp_path/'alone.draws'))[0] == dict(ended='images')
     run, job = tmp_path/'run', dict(draws=str(tmp_path/'run.draws'))
     assert nursery.train(run, longer, end_after(run, 10, signal.SIGTERM), **world(first), **job)[0] == dict(ended='SIGTERM')
     switch = newest_checkpoint(run).name
-    assert nursery.train(run, longer, **world(then), **job)[0] == dict(ended='pictures')
+    assert nursery.train(run, longer, **world(then), **job)[0] == dict(ended='images')
     assert draws('alone') == draws('run') and len(draws('run')) == 640
     losses = [[(r['images_seen'], r['loss']) for r in read_metrics(tmp_path/name) if 'loss' in r] for name in ('alone', 'run')]
     assert [n for n, _ in losses[0]] == [n for n, _ in losses[1]]
@@ -259,7 +260,7 @@ def test_memory_runs_out(nursery, tmp_path):
     large = [*SMALL, 'train.global_batch=512', 'train.n_images=1536', 'train.validation_images=0', 'train.checkpoint_images=0']
     for name, job in (('enough', {}), ('little', dict(memory=150_000_000))):
         said = nursery.train(tmp_path/name, large, **job)[0]
-        assert said.get('ended') == 'pictures', said
+        assert said.get('ended') == 'images', said
     assert any('memory ran out: goes on in micro-batches of' in line for line in said['heard']), said
     traces = [[r['loss'] for r in read_metrics(tmp_path/name)] for name in ('enough', 'little')]
     assert len(traces[0]) == 3 and max(abs(a - b)/a for a, b in zip(*traces)) < 1e-5
@@ -275,7 +276,7 @@ def test_torchrun(tmp_path):
     done = subprocess.run([*launch, *words], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     said = done.stdout.splitlines()
     if version('torch').startswith('2.10'): said = [l for l in said if l and '[Gloo]' not in l and 'peer ranks' not in l] # the oldest greets
-    assert done.returncode == 0 and said[0].startswith('pictures seen') and done.stdout.count('pictures seen') == 1, done.stdout + done.stderr
+    assert done.returncode == 0 and said[0].startswith('images seen') and done.stdout.count('images seen') == 1, done.stdout + done.stderr
     assert (tmp_path/'run'/'pipeline'/'model_index.json').is_file() and newest_checkpoint(tmp_path/'run').name == 'img-00000048'
     odd = subprocess.run([*launch, '--run-dir', str(tmp_path/'odd'), '--set', *SMALL, 'train.global_batch=9'], capture_output=True, text=True)
     assert odd.returncode and 't2i: train.global_batch 9 cannot be shared by 2 processes' in odd.stderr

@@ -6,8 +6,8 @@ import torch
 from t2i_nb.core import InputError
 from t2i_nb.data import DataConfig
 from t2i_nb.sources import load_dataset
-from t2i_nb.vae import (VAEConfig, VAETrainConfig, decode_latents, encode_images, feature_distance, feature_maps, fingerprint, load_vae, make_vae,
-                        measure_pixels, train_vae, vae_factor)
+from t2i_nb.vae import VAEConfig, decode_latents, encode_images, fingerprint, load_vae, vae_factor
+from t2i_nb.vae_train import VAETrainConfig, feature_distance, feature_maps, make_vae, measure_pixels, train_vae
 
 RECIPE = VAETrainConfig(n_images=32, batch=4, lr=1e-3, kl_weight=1e-3, kl_warmup=.5)
 
@@ -69,7 +69,8 @@ def test_statistics_factor_and_layout(given, pixels, tuned):
 CHILD = '''
 import json, sys, time, torch
 from pathlib import Path
-from t2i_nb.vae import VAEConfig, VAETrainConfig, make_vae
+from t2i_nb.vae import VAEConfig
+from t2i_nb.vae_train import VAETrainConfig, make_vae
 torch.set_num_threads(1)
 folder, given, recipe, pixels = Path(sys.argv[1]), sys.argv[2], VAETrainConfig(**json.loads(sys.argv[3])), torch.load(sys.argv[4])
 def report(state):

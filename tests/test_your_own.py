@@ -1,4 +1,4 @@
-"From a scan to samples with the commands that a user types, on real pictures: a zip of class folders, and a table of emoji."
+"From a scan to samples with the commands that a user types, on real images: a zip of class folders, and a table of emoji."
 import json
 import pytest
 from t2i_nb.cli import main
@@ -21,7 +21,7 @@ def test_a_zip_of_class_folders(test_data, tmp_path, monkeypatch, capsys):
         ['sample', 'runs/flowers', 'a photo of a daisy', 'a photo of a tulip'],
         ['evaluate', 'runs/flowers', '--n-images', '8', '--n-training', '64'])
     report = json.loads((tmp_path/'scans'/'images_224'/'scan.json').read_text(encoding='utf-8'))
-    assert report['pictures'] == 960 and report['splits'] == dict(train=720, test=240) and not report['problems']
+    assert report['images'] == 960 and report['splits'] == dict(train=720, test=240) and not report['problems']
     assert report['captions']['different'] == 12
     assert len(report['exact_duplicates']) + len(report['near_duplicates']) > 20
     assert {p.name for p in (tmp_path/'scans'/'images_224').iterdir()} == {'scan.json', 'findings.txt', 'examples.png', 'duplicates.png', 'attributes.png'}
@@ -37,6 +37,6 @@ def test_emoji_with_names_and_keywords(test_data, tmp_path, monkeypatch):
         ['train', 'folder', '--run-dir', 'runs/emoji', '--set', source, words, *OURS, *SHORT],
         ['sample', 'runs/emoji', 'a 3D render of a sunflower', '--out', 'sunflower.png'])
     report = json.loads((tmp_path/'scans'/table.stem/'scan.json').read_text(encoding='utf-8'))
-    assert report['pictures'] == 1376 and set(report['notes'].values()) == {'transparent'}
-    assert report['captions']['per_picture']['most'] == 2 and report['captions']['too_long'] == []
+    assert report['images'] == 1376 and set(report['notes'].values()) == {'transparent'}
+    assert report['captions']['per_image']['most'] == 2 and report['captions']['too_long'] == []
     assert (tmp_path/'sunflower.png').is_file()

@@ -40,7 +40,7 @@ def markdown(page, source):
     text = re.sub(r'^:::\s*\{\.callout-(\w+)[^}]*\}\n(.*?)^:::\s*$', callout, text, flags=re.M | re.S)
     text = re.sub(r'\]\((?!https?:|#|/|\.\./|mailto:)', '](nbs/', text).replace('](../', '](')
     text = re.sub(r'(<img [^>]*src=")(?!https?:)', r'\1nbs/', text)
-    text = re.sub(r'(\]\([^)]*\)|/>)\{[^}]*\}', r'\1', text)  # quarto's attributes behind a picture
+    text = re.sub(r'(\]\([^)]*\)|/>)\{[^}]*\}', r'\1', text)  # quarto's attributes behind an image
     note = f'<!-- Made by `make readme` from nbs/{source}: edit that. -->\n\n'
     return note + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
