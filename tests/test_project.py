@@ -1,12 +1,10 @@
 "The package as a package: metadata said once, a wheel that is complete, imports that are cheap, optional dependencies that are optional."
 import ast, configparser, os, re, shutil, subprocess, sys, tomllib, zipfile
-from importlib.util import find_spec
 import pytest
 import t2i_nb
 
 HEAVY = ('diffusers', 'transformers', 'deepspeed', 'sagemaker', 'boto3', 'mlflow', 'datasets', 'onnxruntime', 'torch')
 COMMANDS = ('demo', 'cache', 'vae', 'vae train', 'vae evaluate', 'train', 'sample', 'evaluate', 'launch', 'drill', 'promote', 'card', 'export')
-needs_cli = pytest.mark.skipif(not find_spec('t2i_nb.cli'), reason='no t2i_nb.cli')
 
 def fresh(code, *args, cwd=None, **env):
     "Runs `code` in a fresh process"
@@ -73,7 +71,70 @@ def test_wheel_metadata_comes_from_settings(project, wheel):
     assert required == set(re.findall(r'Requires-Dist: ([\w.-]+)[^;\n]*\n', info))
     assert {o for o in re.findall('Provides-Extra: (.*)', info)} == {*settings(project)['extras'], 'dev'}
     entry = next(v for k, v in wheel.items() if k.endswith('entry_points.txt')).decode()
-    assert 't2i = t2i_nb.cli:main' in entry
+    assert 't2i = t2i_nb.__main__:main' in entry
+
+# Rooms ---------------------------------------------------------------------------------------------------------------------
+
+def page_order(project):
+    "Modules in the order of their pages"
+    names = {}
+    for page in sorted((project/'nbs').glob('[0-9]*.ipynb')):
+        found = re.search(r'#\| default_exp (\w+)', page.read_text(encoding='utf-8'))
+        if found: names[found[1]] = page.name
+    return list(names)
+
+def own_imports(path):
+    "(imported module of ours, its line, does it stand inside a function?) for every import of a module"
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.ClassDef)) for n in ast.walk(f)}
+    for n in ast.walk(tree):
+        found = []
+        if isinstance(n, ast.Import): found = [a.name.split('.')[1] for a in n.names if a.name.startswith('t2i_nb.')]
+        elif isinstance(n, ast.ImportFrom):
+            module = n.module or ''
+            if n.level == 1 or module.split('.')[0] == 't2i_nb':
+                module = module.removeprefix('t2i_nb').strip('.')
+                found = [module] if module else [a.name for a in n.names]
+        elif isinstance(n, ast.Call) and getattr(n.func, 'id', '') in ('lazy', 'import_module') and isinstance(n.args[0], ast.Constant):
+            found = [n.args[0].value.split('.')[1]] if str(n.args[0].value).startswith('t2i_nb.') else []
+        yield from ((o, n.lineno, id(n) in inside) for o in found)
+
+def test_imports_point_to_earlier_pages(project):
+    "Also inside functions: a page builds on those before it alone"
+    order, inside, wrong = page_order(project), 0, []
+    assert set(order) == {o.stem for o in (project/'t2i_nb').glob('*.py') if not o.stem.startswith('_')}
+    for k, name in enumerate(order):
+        for other, line, within in own_imports(project/'t2i_nb'/f'{name}.py'):
+            inside += within
+            if other not in order[:k]: wrong.append(f'{name}.py:{line} imports {other}')
+    assert not wrong
+    assert inside < 40, f'{inside} imports inside functions'
+
+def test_every_public_name_has_one_module(project):
+    "A command may bear the name of a function, everything else is defined once"
+    commands, seen, twice = ('commands', 'tools', 'cloud'), {}, []
+    for name in page_order(project):
+        tree = ast.parse((project/'t2i_nb'/f'{name}.py').read_text(encoding='utf-8'))
+        public = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == '__all__')
+        assert len(public) == len(set(public)), name
+        twice += [f'{o} in {seen[o]} and {name}' for o in public if o in seen and name not in commands]
+        seen |= {o: name for o in public}
+    assert not twice
+
+def test_one_of_each(project):
+    "What has one implementation is written once: hashing a file, replacing one, the kernel distance, quieting loggers"
+    source = {o: (project/'t2i_nb'/f'{o}.py').read_text(encoding='utf-8') for o in page_order(project)}
+    where = lambda pattern: sorted(o for o, text in source.items() if re.search(pattern, text) and o != 'onnx_runtime')
+    assert where(r'hashlib\.file_digest') == ['core']
+    assert where(r'/d \+ 1\)\*\*3') == ['evaluation']
+    assert where(r'\.setLevel\(') in (['core'], ['core', 'engine']) # DeepSpeed's own logger has its own levels
+    assert where(r'len\([^)]*block_out_channels[^)]*\) - 1') == ['vae']
+
+def test_rooms_are_small(project):
+    "Lines that a page exports; the torch-free runtime is one file, because an export takes it along"
+    lines = {o: len((project/'t2i_nb'/f'{o}.py').read_text(encoding='utf-8').splitlines()) for o in page_order(project)}
+    assert not {k: v for k, v in lines.items() if v > 520 and k != 'onnx_runtime'}
+    assert sum(lines.values()) <= 12_500
 
 # Imports -------------------------------------------------------------------------------------------------------------------
 
@@ -95,8 +156,8 @@ save_config(DataConfig('Bl\\u00fcten'), sys.argv[1]); assert load_config(sys.arg
     assert 'Bl\u00fcten' in (tmp_path/'c.yaml').read_text(encoding='utf-8')
 
 def test_imports_are_cheap(project):
-    "Every module imports without a heavy package, but `sampling`, which subclasses a diffusers class, and `playground`, which draws with it"
-    names = [f't2i_nb.{o}' for o in modules(project) if o not in ('sampling', 'playground')]
+    "Every module imports without a heavy package, but `pipeline`, which subclasses a diffusers class"
+    names = [f't2i_nb.{o}' for o in modules(project) if o != 'pipeline']
     heavy, _ = heavy_after('\n'.join(f'import {o}' for o in names))
     assert not heavy
 
@@ -132,7 +193,7 @@ except InputError as e: print(e)'''
 # The command ---------------------------------------------------------------------------------------------------------------
 
 RUN = '''import sys
-from t2i_nb.cli import main
+from t2i_nb.__main__ import main
 sys.argv[0] = 't2i'
 code = None
 try: code = main()
@@ -143,13 +204,11 @@ WRONG = {'unknown recipe': ['train', 'dmeo', '--run-dir', 'runs/x'], 'unknown co
     'no such run': ['sample', 'runs/absent', 'a flower'], 'no such run to evaluate': ['evaluate', 'runs/absent'],
     'unknown key': ['train', 'demo', '--run-dir', 'runs/x', '--set', 'train.learning_rat=1']}
 
-@needs_cli
 @pytest.mark.parametrize('command', ('', *COMMANDS))
 def test_help_is_cheap(command):
     heavy, done = heavy_after(RUN, *command.split(), '--help')
     assert 'EXIT 0' in done.stdout and 'usage' in done.stdout and not heavy
 
-@needs_cli
 @pytest.mark.parametrize('args', WRONG.values(), ids=WRONG)
 def test_wrong_input_is_cheap(args, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -157,7 +216,6 @@ def test_wrong_input_is_cheap(args, tmp_path, monkeypatch):
     assert 'EXIT 2' in done.stdout and not heavy
     assert 'Traceback' not in done.stderr and done.stderr.strip()
 
-@needs_cli
 @pytest.mark.parametrize('args', (['--help'], ['sample', '--help'], WRONG['unknown recipe'], WRONG['unknown key']), ids=' '.join)
 def test_answers_before_torch_is_there(args, tmp_path, before_torch):
     "An answer that needs no torch takes less than a third of what the import of torch alone takes"

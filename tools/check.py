@@ -1,5 +1,5 @@
 "What `make test` runs, in order; a later step runs even where an earlier one failed. `python tools/check.py [step …]` runs some of them."
-import ast, os, subprocess, sys, time
+import ast, os, re, subprocess, sys, time
 from pathlib import Path
 from fastcore.nbio import nb2str, read_nb
 from nbdev.clean import clean_nb
@@ -52,6 +52,16 @@ def notebooks():
         & say(not noisy, f'A stored output is a progress bar: {", ".join(noisy)}. Turn it off in a hidden cell, and run the page again.')
         & say(not idle, f'`expect_fail` checks nothing without `with`: {", ".join(idle)}.'))
 
+def links():
+    "Every link between pages, and from a page to a file, leads somewhere"
+    dead = []
+    for o in pages():
+        for c in read_nb(o).cells:
+            found = re.findall(r'\]\(([^)\s]+)\)', c.source) if c.cell_type == 'markdown' else []
+            targets = [u.split('#')[0] for u in found if not re.match('[a-z]+:|#', u)]
+            dead += [f'{o.name} #{c.id}: {u}' for u in targets if u.endswith('.html') or not (o.parent/u).exists()]
+    return say(not dead, 'Dead links (a page is linked by its .ipynb): ' + ', '.join(dead))
+
 def readme():
     "README.md and CONTRIBUTING.md are what their notebooks say"
     return command('tools/readme.py', '--check')
@@ -88,19 +98,24 @@ def docs():
     "nbdev prepares every page for the site"
     return command('tools/docs.py', '--pages')
 
-def pytest():
-    "pytest passes"
-    return command('-m', 'pytest', '-q', '-rs', 'tests')
+def pytest(*args):
+    "pytest passes, two files at a time; what is marked as slow is left out"
+    return command('-m', 'pytest', '-q', '-rs', '-n', min(2, os.cpu_count() or 1), '--dist', 'loadfile', '--durations=10', *args,
+        OMP_NUM_THREADS='1')
 
-steps = dict(library=library, notebooks=notebooks, readme=readme, imports=imports, flakes=flakes, flagged=flagged, pages=nb_test,
+def slow():
+    "The slow tests pass: browsers, JupyterLab, drills and many kills, one after the other"
+    return command('-m', 'pytest', '-q', '-rs', '-m', 'slow', '--durations=10')
+
+steps = dict(library=library, notebooks=notebooks, links=links, readme=readme, imports=imports, flakes=flakes, flagged=flagged, pages=nb_test,
     docs=docs, pytest=pytest)
 
 def main():
-    results = {}
+    results, known = {}, steps | dict(slow=slow)
     for name in sys.argv[1:] or steps:
-        print(f'\n== {name}: {steps[name].__doc__}', flush=True)
+        print(f'\n== {name}: {known[name].__doc__}', flush=True)
         start = time.perf_counter()
-        results[name] = steps[name](), time.perf_counter() - start
+        results[name] = known[name](), time.perf_counter() - start
     print('\n' + '\n'.join(f'{name:10} {"passed" if ok else "FAILED"} {seconds:7.1f} s' for name, (ok, seconds) in results.items()))
     sys.exit(not all(ok for ok, _ in results.values()))
 

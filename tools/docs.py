@@ -1,5 +1,8 @@
 "The documentation site in `_docs`, where Quarto is present; `--pages` stops after nbdev has prepared the pages, which needs no Quarto."
-import shutil, sys
+import os, shutil, sys
+from pathlib import Path
+
+os.environ['PYTHONPATH'] = str(Path(__file__).parent) # for the processes that nbdev starts: `showdoc` lies here
 import nbdev.quarto as q
 
 def main():

@@ -1,4 +1,4 @@
-"Makes `.venv` in the checkout and installs the package in it, editable and pinned: `python tools/install.py [dev]`. Standard library only."
+"Makes `.venv` in the checkout and installs the package in it, editable and pinned: `python tools/install.py [dev | all]`, all being dev and JupyterLab. Standard library only."
 import os, platform, shutil, subprocess, sys, venv
 from pathlib import Path
 
@@ -27,6 +27,7 @@ def main():
     if sys.version_info < (3, 11):
         sys.exit(f'Python 3.11 or later is needed, this is {platform.python_version()}: make PYTHON=/path/to/python3.11')
     extra = sys.argv[1] if len(sys.argv) > 1 else ''
+    extras = 'dev,notebook' if extra == 'all' else extra
     make_env()
     if not has('torch'):
         if platform.system() == 'Linux' and not shutil.which('nvidia-smi'):
@@ -36,7 +37,7 @@ def main():
         print(f'Installing {torch}', flush=True)
         pip(torch)
     print('Installing the rest', flush=True)
-    pip('-c', 'constraints.txt', '-e', f'.[{extra}]' if extra else '.')
+    pip('-c', 'constraints.txt', '-e', f'.[{extras}]' if extras else '.')
     (env/f'{extra or "core"}.stamp').touch()
 
 if __name__ == '__main__': main()
