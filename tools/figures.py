@@ -1,0 +1,75 @@
+"""Make every stored picture and figure that depends on the demo's trained weights again, from a finished run of the recipe `demo`.
+
+    python tools/figures.py --run-dir runs/demo
+    python tools/figures.py --run-dir runs/demo --only samples_over_time.png
+
+`make figures` trains that run first. A figure is a function from the run's folder and the file to write, and a line in FIGURES."""
+import argparse, shutil, sys, tempfile
+from dataclasses import replace
+from pathlib import Path
+root = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(root))
+
+def demo_grid(run_dir, out):
+    "The grid that `t2i demo` draws"
+    shutil.copy(run_dir/'grid.png', out)
+
+def demo_evaluation(run_dir, out):
+    "What `t2i demo` measures"
+    shutil.copy(run_dir/'evaluation.json', out)
+
+def early_grids(run_dir, marks, grid_of):
+    "Sample grids of a run after so many images: every draw is keyed, so its first images can be trained again, and give the same weights"
+    from t2i_nb.recipe import load_components, prepare_data
+    from t2i_nb.run import run_config
+    from t2i_nb.train import averaged, train_steps
+    cfg, left, found = run_config(run_dir), sorted(marks), {}
+    models = load_components(cfg)
+    grid = grid_of(cfg, models)
+    data, val = (prepare_data(cfg, models, split, run_dir/'cache') for split in ('train', 'validation'))
+    quick = replace(cfg, train=replace(cfg.train, validation_images=0, checkpoint_images=0))
+    with tempfile.TemporaryDirectory() as tmp:
+        for state in train_steps(quick, Path(tmp)/'run', models, data, val):
+            while left and state.images_seen >= left[0]:
+                found[left.pop(0)] = grid(averaged(state.unet, state.ema), state.images_seen)
+            if not left: return found, lambda unet: grid(unet, 0)
+
+def samples_over_time(run_dir, out, marks=(1_000, 5_000)):
+    "The loss of a run, and the same prompts and noise drawn early, later and at its end"
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    from t2i_nb.checkpoint import read_metrics
+    from t2i_nb.pipeline import grid_maker, load_pipeline
+    from t2i_nb.run import grid_prompts
+    rows = read_metrics(run_dir)
+    grids, draw = early_grids(run_dir, marks, lambda cfg, models: grid_maker(cfg, models, grid_prompts(cfg, 8)))
+    grids[rows[-1]['images_seen']] = draw(load_pipeline(run_dir).unet)
+    fig, axes = plt.subplots(1 + len(grids), figsize=(7.4, 2 + 1.1*len(grids)), dpi=100, height_ratios=[2] + [1]*len(grids), layout='constrained')
+    for name, style, label in (('loss', dict(color='0.65', lw=1), 'training'), ('validation_loss', dict(color='0', marker='o', ms=4), 'validation')):
+        points = [(r['images_seen'], r[name]) for r in rows if name in r]
+        axes[0].plot(*zip(*points), label=label, **style)
+    for n in grids: axes[0].axvline(n, color='0.3', lw=.8, ls=':')
+    axes[0].set(xlabel='images seen', ylabel='loss', xlim=(0, rows[-1]['images_seen']*1.01))
+    axes[0].legend(fontsize=8)
+    for ax, (n, image) in zip(axes[1:], sorted(grids.items())):
+        ax.imshow(image)
+        ax.set_title(f'after {n:,} images', fontsize=8, loc='left', pad=3)
+        ax.set_axis_off()
+    fig.savefig(out)
+    plt.close(fig)
+
+FIGURES = {'demo_grid.png': demo_grid, 'demo_evaluation.json': demo_evaluation, 'samples_over_time.png': samples_over_time}
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--run-dir', type=Path, default=Path('runs/demo'), help='a finished run of `t2i demo`')
+    p.add_argument('--out', type=Path, default=root/'nbs'/'images', help='folder of the figures')
+    p.add_argument('--only', nargs='+', choices=FIGURES, default=[*FIGURES])
+    args = p.parse_args()
+    if not (args.run_dir/'pipeline'/'model_index.json').is_file(): sys.exit(f'{args.run_dir} holds no finished run; make one with: t2i demo --run-dir {args.run_dir}')
+    for name in args.only:
+        FIGURES[name](args.run_dir, args.out/name)
+        print(args.out/name)
+
+if __name__ == '__main__': main()
