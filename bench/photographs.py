@@ -37,7 +37,7 @@ def recipe(
 def train_and_score(
     run,        # directory of this run
     overrides,  # of the recipe `folder`
-    test,       # photographs to judge by
+    test,       # photographs that it was not trained on
     network,    # whose features are compared
     n_images    # images to train on in all
 ):              # scores at a tenth and at the end, validation losses, seconds
@@ -94,20 +94,20 @@ def main():
     test = without_near_copies(given, whole)
     print(f'{len(test)} of {len(given)} test photographs repeat no training photograph')
     training, network = load_usable(DataConfig(source=str(flowers/'train.parquet'), size=128)), load_feature_network('efficientnet-lite0')
-    photographs, judges = training.batch(range(len(training))), test.batch(range(len(test)))
+    photographs, unseen = training.batch(range(len(training))), test.batch(range(len(test)))
     taef2.save_taef2(conftest.data_dir/'taef2_vae', run/'vae', photographs[:256].split(32))
     some = photographs[torch.randperm(len(photographs), generator=torch.Generator().manual_seed(0))[:240]]
     common = dict(unit='KID, EfficientNet-lite0', better='lower', device=describe_device('cpu'),
                   versions=dict(torch=torch.__version__), date=str(datetime.date.today()), threads=torch.get_num_threads(),
                   test_photographs=len(test), near_copies=len(given) - len(test),
-                  kid_of_training_photographs=kid(network(some), network(judges)))
+                  kid_of_training_photographs=kid(network(some), network(unseen)))
     vaes = {'pretrained': run/'vae'} | ({'fine-tuned': args.fine_tuned} if args.fine_tuned else {})
     rows, ends = [], {}
     for name, vae in vaes.items():
         out = train_and_score(run/name, recipe(flowers, vae, args.n_images), test, network, args.n_images)
         ends[name], tenth = (out['scores'][k]['kid']['mean'] for k in ('end', 'tenth'))
         model = load_vae(VAEConfig(str(vae)))
-        trip = round_trip(model, judges.split(32))
+        trip = round_trip(model, unseen.split(32))
         rows.append(dict(name=f'KID to unseen photographs, end against a tenth of the run, {name} VAE', vae=name, ours=ends[name],
                          theirs=tenth, ratio=tenth/ends[name], latent_channels=model.config.latent_channels, **common, **out, round_trip={k: trip[k] for k in ('psnr', 'ssim')}))
     if args.fine_tuned:

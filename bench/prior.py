@@ -1,4 +1,4 @@
-"""Does a text-conditional prior save UNet evaluations? Adherence from noise and from the prior, at equal numbers of them.
+"""Does a text-to-latent prior save UNet evaluations? Adherence from noise and from the prior, at equal numbers of them.
 
     python bench/prior.py --run-dir runs/demo --work-dir runs/prior
 
@@ -73,8 +73,8 @@ def main():
     prior, report = load_prior(work/'prior'), json.loads((work/'prior'/'report.json').read_text())
     network = load_feature_network('classifier')
     real = {held_out: network(fresh_drawings(512, held_out, 1)[1]) for held_out in (False, True)}
-    def score(asked, x, held_out):
-        read, distance = adherence(asked, read_attributes(classifier, x)), kid(network(x), real[held_out])
+    def score(wanted, x, held_out):
+        read, distance = adherence(wanted, read_attributes(classifier, x)), kid(network(x), real[held_out])
         return dict(adherence=read['mean'], std_error=read['std_error'], all_six=read['all_six'], per_attribute=read['per_attribute'],
                     kid=distance['mean'], kid_error=distance['std_error'])
     known_file = work/'points.json'
@@ -95,10 +95,10 @@ def main():
         assert len(passes) == n*-(-len(prompts)//64), (len(passes), n)
         return x.clamp(-1, 1), dict(num_inference_steps=steps, begins_at=passes[0])
     def point(start, n, purpose, held_out, count):
-        prompts, asked, seeds = score_prompts(count, held_out, purpose=purpose)
+        prompts, wanted, seeds = score_prompts(count, held_out, purpose=purpose)
         def compute():
             x, how = images(prompts, seeds, start, n)
-            return score(asked, x, held_out) | how
+            return score(wanted, x, held_out) | how
         return remember(f'{purpose}, {start}, {n}, {count}', compute)
     def variety(start, n):
         prompts, named, seeds = open_prompts(args.n_open)
@@ -107,14 +107,14 @@ def main():
     starts = [k for k in STEPS if k != 'from noise']
     chosen = {n: {k: point(k, n, 'prior choice', False, args.n_chosen) for k in STEPS} for n in EVALUATIONS}
     best = max(starts, key=lambda k: sum(chosen[n][k]['adherence'] for n in EVALUATIONS))
-    prompts, asked, seeds = score_prompts(args.n_scored)
+    prompts, wanted, seeds = score_prompts(args.n_scored)
     def guesses():
-        states = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts)
-        z = dict(mean=sample_prior(prior, states), sample=sample_prior(prior, states, make_generators(seeds)))
-        return {k: score(asked, decode_latents(pipeline.vae, v).clamp(-1, 1), True) for k, v in z.items()}
+        texts = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts)
+        z = dict(mean=sample_prior(prior, texts), sample=sample_prior(prior, texts, make_generators(seeds)))
+        return {k: score(wanted, decode_latents(pipeline.vae, v).clamp(-1, 1), True) for k, v in z.items()}
     alone = remember('prior alone', guesses)
     rows = []
-    for measure, unit, better in (('adherence', 'share of attributes', 'higher'), ('kid', 'KID by reader', 'lower')):
+    for measure, unit, better in (('adherence', 'share of attributes', 'higher'), ('kid', 'KID through the classifier', 'lower')):
         for n in EVALUATIONS:
             noise = point('from noise', n, 'test', True, args.n_scored)
             for k in starts:
@@ -137,8 +137,8 @@ def main():
     if (args.photographs_vae/'config.json').is_file(): rows[0] |= dict(photographs=remember('photographs', lambda: on_photographs(args.photographs_vae)))
     show = prompts[:6]
     grids = [images(show, seeds[:6], k, EVALUATIONS[0])[0] for k in STEPS]
-    states = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, show)
-    image_grid(to_pil(torch.cat([decode_latents(pipeline.vae, sample_prior(prior, states)), *grids])), 6).save(work/'grid.png')
+    texts = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, show)
+    image_grid(to_pil(torch.cat([decode_latents(pipeline.vae, sample_prior(prior, texts)), *grids])), 6).save(work/'grid.png')
     out = root/'bench'/'results'/'prior.json'
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(rows, indent=1))

@@ -3,7 +3,7 @@
     python bench/samplers.py --run-dir runs/demo --work-dir runs/samplers
 
 --run-dir is a finished run of the recipe `demo`; it is only read. Every setting is scored on the same prompts of seen triples and the same seeds: adherence
-by the shipped reader, and KID through the reader to fresh drawings. DDPM with all of its 1000 steps is the reference; it is scored on fewer images, because
+by the shipped attribute classifier, and KID through the classifier to fresh drawings. DDPM with all of its 1000 steps is the reference; it is scored on fewer images, because
 it costs as much as all others together. Seconds are processor time an image, of one thread. The seed contract is measured on latents: prompts drawn alone,
 in threes and in eights, in order and shuffled, and by plain diffusers from `torch.Generator('cpu').manual_seed(seed)`. Every point is remembered in
 --work-dir, so the same command goes on. Writes bench/results/samplers.json."""
@@ -25,16 +25,19 @@ def parse():
 
 def main():
     args = parse()
-    import diffusers, torch
+    import diffusers, torch, transformers
     torch.set_num_threads(args.threads)
-    for kind in (diffusers, __import__('transformers')): kind.utils.logging.disable_progress_bar(); kind.utils.logging.set_verbosity_error()
+    for package in (diffusers, transformers):
+        package.utils.logging.disable_progress_bar()
+        package.utils.logging.set_verbosity_error()
     from t2i_nb.captions import encode_prompts
     from t2i_nb.core import load_config
     from t2i_nb.classifier import fresh_drawings, load_classifier, read_attributes
     from t2i_nb.evaluation import adherence, describe_device, kid, load_feature_network, score_prompts
-    from t2i_nb.sampling import STOCHASTIC, denoise, draw, initial_noise, latent_shape, make_generators, make_scheduler
+    from t2i_nb.sampling import denoise, draw, initial_noise, latent_shape, make_generators, make_scheduler
     from t2i_nb.pipeline import load_pipeline
-    from t2i_nb.recipe import SAMPLERS, RunConfig
+    from t2i_nb.objective import SAMPLERS
+    from t2i_nb.recipe import RunConfig
     from t2i_nb.vae import decode_latents, psnr
     work, cfg = args.work_dir, load_config(args.run_dir/'config.yaml', RunConfig)
     work.mkdir(parents=True, exist_ok=True)
@@ -49,14 +52,14 @@ def main():
             print(key, json.dumps(known[key])[:150], flush=True)
         return known[key]
     def point(sampler, n, count, scale=w):
-        prompts, asked, seeds = score_prompts(count, False, purpose='samplers')
+        prompts, attributes, seeds = score_prompts(count, False, purpose='samplers')
         def compute():
             passes, start = [], time.process_time()
             hook = pipeline.unet.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
             x = torch.cat([draw(pipeline, prompts[i:i + 8], make_generators(seeds[i:i + 8]), n, scale, sampler=sampler) for i in range(0, count, 8)]).clamp(-1, 1)
             hook.remove()
             seconds = (time.process_time() - start)/count
-            read, far = adherence(asked, read_attributes(classifier, x)), kid(network(x), real)
+            read, far = adherence(attributes, read_attributes(classifier, x)), kid(network(x), real)
             return dict(adherence=read['mean'], std_error=read['std_error'], all_six=read['all_six'], kid=far['mean'], kid_error=far['std_error'],
                         evaluations=sum(passes)/count, seconds=seconds)
         return remember(f'{sampler}, {n}, {count}, {scale:g}', compute)
@@ -112,7 +115,7 @@ def main():
         worst = max(o['worst'] for o in found)
         rows.append(dict(name=f'seed contract of {s}: worst latents over batches and orders, against 1e-4', ours=worst, theirs=1e-4, ratio=1e-4/max(worst, 1e-12),
                          unit='largest difference', better='lower', measure='seed contract', sampler=s, steps=cfg.sample.num_inference_steps, found=found,
-                         noise=s in STOCHASTIC, n_prompts=args.n_prompts))
+                         noise=SAMPLERS[s].adds_noise, n_prompts=args.n_prompts))
     rows.append(dict(name='seed contract: worst latents against plain diffusers, against 1e-4', ours=same['worst'], theirs=1e-4, ratio=1e-4/max(same['worst'], 1e-12),
                      unit='largest difference', better='lower', measure='plain diffusers', sampler='dpmpp_2m', steps=cfg.sample.num_inference_steps, found=same,
                      n_prompts=args.n_prompts))

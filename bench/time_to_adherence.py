@@ -56,12 +56,13 @@ def remember(args, key, compute):
 def follow(pipeline, n_scored, scales, steps, n_seen):
     "Adherence to held-out prompts with the guidance that follows seen prompts best"
     import torch
-    from t2i_nb.evaluation import evaluate_images, score_prompts
+    from t2i_nb.classifier import load_classifier, read_attributes
+    from t2i_nb.evaluation import adherence, score_prompts
     from t2i_nb.sampling import draw, make_generators
     def score(scale, held_out, purpose, n):
         prompts, asked, seeds = score_prompts(n, held_out, purpose=purpose)
         x = [draw(pipeline, prompts[i:i + 16], make_generators(seeds[i:i + 16]), steps, scale, sampler='dpmpp_2m') for i in range(0, n, 16)]
-        found = evaluate_images(torch.cat(x).clamp(-1, 1), asked)
+        found = adherence(asked, read_attributes(load_classifier(), torch.cat(x).clamp(-1, 1)))
         return {k: found[k] for k in ('mean', 'std_error', 'all_six')}
     seen = {s: score(s, False, 'validation', n_seen)['mean'] for s in scales}
     best = max(seen, key=seen.get)

@@ -3,7 +3,7 @@
     python bench/vae_finetune.py --run-dir runs/vae_finetune
     python bench/vae_finetune.py --run-dir runs/vae_finetune_128 --size 128 --start runs/vae_finetune/vae --n-images 6000 --lr 7e-4
 
-Needs the test data (`tests/conftest.py` says where it is looked for): `flowers12`, 720 photographs to train on, 240 to judge by,
+Needs the test data (`tests/conftest.py` says where it is looked for): `flowers12`, 720 photographs to train on, 240 to score it on,
 without those that are near duplicates of training photographs. The test photographs are read at the end only; nothing is chosen
 by them. Resumable: the same command goes on. The second command goes on at 128 pixels, for `bench/photographs.py`. Writes
 bench/results/vae_finetune.json (or vae_finetune_128.json), and in the run directory the fine-tuned VAE and images before and after."""
@@ -34,14 +34,15 @@ def check_use(
 ):          # hashes, all of which a test can repeat
     "Two steps of training with each VAE: what lies in pipeline/vae, and which latents were cached"
     from t2i_nb.commands import train
-    from t2i_nb.vae import VAEConfig, fingerprint, load_vae
-    out = dict(fine_tuned=fingerprint(load_vae(VAEConfig(str(folder)))), start=fingerprint(load_vae(VAEConfig(start))))
+    from t2i_nb.core import weights_digest
+    from t2i_nb.vae import VAEConfig, load_vae
+    out = dict(fine_tuned=weights_digest(load_vae(VAEConfig(str(folder)))), start=weights_digest(load_vae(VAEConfig(start))))
     for name, vae in (('fine_tuned', str(folder)), ('start', start)):
         run = run_dir/f'use-{name}'
         train('folder', run, [f'data.source={data}', f'data.size={size}', f'vae.name={vae}', 'text.encoder=tiny', 'text.max_length=0', 'unet.width=16',
                               'unet.attention_size=8', 'train.n_images=16', 'train.global_batch=8', 'train.warmup_images=8', 'train.log_images=8',
                               'train.validation_images=16', 'train.checkpoint_images=16', 'sample.num_inference_steps=2'])
-        out[f'pipeline_{name}'] = fingerprint(load_vae(VAEConfig(str(run/'pipeline'/'vae'))))
+        out[f'pipeline_{name}'] = weights_digest(load_vae(VAEConfig(str(run/'pipeline'/'vae'))))
         out[f'cache_{name}'] = sorted(p.stem for p in (run/'cache').glob('latents-*'))
     return out
 

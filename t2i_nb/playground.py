@@ -26,8 +26,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from .core import InputError, best_device, lazy, load_config, nearest, to_pil
 from .captions import check_prompt_length
+from .vae import vae_factor
 from .checkpoint import checkpoint_folders
-from .recipe import SAMPLERS, RunConfig, SampleConfig, check_sampler
+from .objective import SAMPLERS, check_sampler
+from .recipe import RunConfig, SampleConfig
 from .sampling import Cancelled, draw, make_generators, make_preview
 from .pipeline import load_pipeline
 from .provenance import pipeline_digest, provenance, write_image
@@ -88,7 +90,7 @@ def find_model(
         raise InputError(f"{run_dir} holds no pipeline; give a run that has ended, or a folder in diffusers' layout")
     read = lambda name: json.loads((folder/name/'config.json').read_text(encoding='utf-8'))
     unet, has_vae = read('unet'), (folder/'vae'/'config.json').is_file()
-    factor = 2**(len(read('vae')['block_out_channels']) - 1) if has_vae else math.isqrt(unet['in_channels']//3)
+    factor = vae_factor(read('vae')) if has_vae else math.isqrt(unet['in_channels']//3)
     recipe = run_dir/'config.yaml'
     s = load_config(recipe, RunConfig).sample if recipe.is_file() else SampleConfig()
     size = unet['sample_size']*factor

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from t2i_nb.core import InputError
-from t2i_nb.cache import fill, open_rows, read_folder, row_key, shard_path
+from t2i_nb.cache import Rows, fill, key_array, open_rows, read_folder, row_key, shard_path
 
 # A writer: rows are a function of their number, and each call of `make` leaves a line with its positions in a log of its own
 writer = '''
@@ -26,7 +26,7 @@ print(fill(folder, [row_key('test', i) for i in range(n)], make, batch=8, rows_p
 '''
 n = 1010 # 25 blocks of 40 and one of 10
 keys = [row_key('test', i) for i in range(n)]
-posix = pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL; a dead owner is known by its heartbeat there')
+posix = pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL')
 
 def start(folder, log, pause=.001):
     return subprocess.Popen([sys.executable, '-c', writer, str(folder), str(log), str(n), str(pause)], stdout=subprocess.PIPE, text=True)
@@ -55,9 +55,10 @@ def whole(tmp_path_factory):
     return folder/'cache'
 
 @posix
-def test_killed_and_resumed(whole, tmp_path):
+@pytest.mark.parametrize('kills', [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_and_resumed(whole, tmp_path, kills):
     rng, logs, kept = random.Random(0), [], set()
-    for attempt in range(10):
+    for attempt in range(kills):
         logs.append(tmp_path/f'{attempt}.log')
         process = start(tmp_path/'cache', logs[-1], .004)
         batches = rng.randrange(16) # five make a block; a busy machine needs longer for them, so it is they that are counted
@@ -83,7 +84,7 @@ def test_sharing(whole, tmp_path, workers):
 @posix
 def test_survivor_takes_over(whole, tmp_path):
     first = start(tmp_path/'cache', tmp_path/'1.log', 60) # it hangs in its first block
-    while not list(tmp_path.glob('cache/*.claim')): time.sleep(.01)
+    while not encoded_batches(tmp_path/'1.log') and not list(tmp_path.glob('cache/*.lock')): time.sleep(.01)
     second = start(tmp_path/'cache', tmp_path/'2.log')
     while len(list(tmp_path.glob('cache/*.safetensors'))) < 25: time.sleep(.01)
     time.sleep(.3)
@@ -92,22 +93,25 @@ def test_survivor_takes_over(whole, tmp_path):
     assert finish(second) == n
     assert files(tmp_path/'cache') == files(whole)
 
-def test_other_machine(whole, tmp_path, monkeypatch):
-    "A claim whose heartbeat goes on is waited for; when it stops, it is taken over"
-    import threading
-    import t2i_nb.cache as cache
-    monkeypatch.setattr(cache, 'stale_seconds', .5)
-    monkeypatch.setattr(cache, 'poll_seconds', .02)
-    claim = shard_path(tmp_path, cache.key_array(keys[:40])).with_suffix('.claim')
-    claim.write_text('elsewhere\n1')
-    begun, make = time.monotonic(), lambda at: dict(a=at[:, None].astype('f4'))
-    def beat():
-        while time.monotonic() - begun < 1.5: os.utime(claim); time.sleep(.05)
-    thread = threading.Thread(target=beat)
+def test_a_lock_is_waited_for(tmp_path):
+    "A block that another process holds is made when it lets go, and what a killed one left is removed"
+    import filelock, threading
+    path = shard_path(tmp_path, key_array(keys[:40]))
+    for left in ('.part', '.lock'): path.with_suffix(left).write_bytes(b'left')
+    stale = shard_path(tmp_path, key_array(keys[5:45])) # of a block that is cut elsewhere now
+    for left in ('.part', '.lock'): stale.with_suffix(left).write_bytes(b'left')
+    lock, made, rounds = filelock.FileLock(path.with_suffix('.lock'), thread_local=False), [], []
+    def progress(batches): rounds.append(batches); return batches
+    lock.acquire()
+    thread = threading.Thread(target=lambda: made.append(fill(tmp_path, keys[:80], lambda at: dict(a=at[:, None].astype('f4')), rows_per_shard=40, progress=progress)))
     thread.start()
-    assert fill(tmp_path, keys[:80], make, rows_per_shard=40) == 80
-    assert time.monotonic() - begun > 1.9 and len(list(tmp_path.iterdir())) == 2
+    while not list(tmp_path.glob('*.safetensors')): time.sleep(.01)
+    time.sleep(.3)
+    assert thread.is_alive() and not path.is_file()
+    lock.release()
     thread.join()
+    assert made == [80] and len(rounds) == 1 # it waits, and does not look again and again
+    assert sorted(tmp_path.iterdir()) == sorted([path, shard_path(tmp_path, key_array(keys[40:80]))])
 
 def test_reader_while_writing(whole, tmp_path):
     writing, seen, begun = start(tmp_path/'cache', tmp_path/'log', .01), set(), time.monotonic()
@@ -148,6 +152,12 @@ def test_full_disk(tmp_path):
     assert 'InputError: cannot write' in done.stderr and 'free space or use another folder' in done.stderr
     assert list((tmp_path/'cache').iterdir()) == []
 
+def test_a_shard_appears_by_renaming(tmp_path, monkeypatch):
+    def refuse(part, path): raise OSError('no renaming')
+    monkeypatch.setattr(os, 'replace', refuse)
+    with pytest.raises(InputError, match='cannot write .*: no renaming'): fill(tmp_path, keys[:5], lambda at: dict(a=at[:, None].astype('f4')))
+    assert list(tmp_path.iterdir()) == []
+
 def test_progress(tmp_path):
     seen = []
     def bar(batches):
@@ -158,15 +168,16 @@ def test_progress(tmp_path):
     fill(tmp_path, keys[:110], make, batch=8, rows_per_shard=40, progress=bar)
     assert [len(s) for s in seen] == [5 + 5 + 3, 2]
 
-def test_a_million_keys(tmp_path):
-    "Looking up keys takes arrays, not objects"
-    wanted = np.random.default_rng(0).integers(0, 256, (10**6, 16), dtype=np.uint8)
-    fill(tmp_path, wanted, lambda at: dict(a=at[:, None].astype('i4')), batch=2**16, rows_per_shard=2**16)
-    order = np.random.default_rng(1).permutation(10**6)
+@pytest.mark.parametrize('n', [10**5, pytest.param(10**6, marks=pytest.mark.slow)])
+def test_many_keys(tmp_path, n):
+    "In the order in which they were stored, and in another one"
+    wanted = np.random.default_rng(0).integers(0, 256, (n, 16), dtype=np.uint8)
+    fill(tmp_path, wanted, lambda at: dict(a=at[:, None].astype('i4')), batch=2**16, rows_per_shard=2**14)
+    order = np.random.default_rng(1).permutation(n)
     for at in (slice(None), order):
         rows = open_rows(tmp_path, wanted[at])
-        assert np.array_equal(rows.take('a', slice(0, 1000)).ravel(), np.arange(10**6)[at][:1000])
-        assert np.array_equal(rows.take('a', slice(None)).ravel(), np.arange(10**6)[at])
+        assert np.array_equal(rows.take('a', slice(0, 1000)).ravel(), np.arange(n)[at][:1000])
+        assert np.array_equal(rows.take('a', slice(None)).ravel(), np.arange(n)[at])
 
 def test_not_a_folder(tmp_path):
     (tmp_path/'file').write_text('')
@@ -192,3 +203,28 @@ def test_no_torch():
             "fill(f, k, lambda at: dict(a=np.ones((1, 2)))); open_rows(f, k).take('a', [0]); assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, '-c', code], check=True)
     subprocess.run([sys.executable, '-c', "import sys, t2i_nb.cache; assert not {'numpy', 'torch', 'safetensors'} & set(sys.modules)"], check=True)
+
+def test_keys():
+    with pytest.raises(InputError, match='a key has 3 bytes'): key_array([b'abc'])
+    with pytest.raises(InputError, match='prints its address'): row_key(object())
+    assert len({row_key('ab', 'c'), row_key('a', 'bc'), row_key(1), row_key('1'), row_key(b'1')}) == 5
+    assert row_key(np.arange(10**4)) != row_key(np.r_[:5000, 4999, 5001:10**4]) # both print with an ellipsis
+
+def test_keys_that_end_in_zeros_are_different(tmp_path):
+    alike = [b'8 bytes.' + bytes(8), b'8 bytes.' + b'1' + bytes(7), b'8 bytes.' + b'2' + bytes(7), bytes(16)]
+    fill(tmp_path, alike, lambda at: dict(a=at[:, None].astype('f4')), rows_per_shard=2)
+    assert open_rows(tmp_path, alike[::-1]).take('a', slice(None)).ravel().tolist() == [3, 2, 1, 0]
+
+@pytest.mark.parametrize('rows, expected', [(dict(mean=np.full((2, 3), np.inf, 'f2')), "'mean' of row 1 does not fit into float16"), (dict(mean=np.zeros((2, 3), 'f4')), 'holds mean float16'),
+                                        (dict(keys=np.zeros(2)), 'none of them called keys'), (dict(mean=np.zeros((1, 3), 'f2')), 'for 2 rows'), ({}, 'at least one array')])
+def test_rows_that_do_not_belong(tmp_path, rows, expected):
+    fill(tmp_path, keys[:1], lambda at: dict(mean=np.zeros((1, 3), 'f2')))
+    with pytest.raises(InputError, match=expected): fill(tmp_path, keys[:3], lambda at: rows)
+
+def test_rows_in_any_order_and_number(whole):
+    rows, rng = open_rows(whole, keys), np.random.default_rng(0)
+    for at in (np.arange(n)[::-1], rng.integers(0, n, 3000), np.zeros(5, int), np.r_[0:40, 0:40, 5:60], [], [-1]):
+        at = np.asarray(at, int)
+        assert np.array_equal(rows.take('mean', at).reshape(len(at), 64), np.sin(np.arange(64)*(at % n)[:, None]).astype('f2').reshape(len(at), 64))
+    with pytest.raises(IndexError): rows.take('mean', [n])
+    assert len(open_rows(whole, [])) == 0 and rows.take('std', []).shape == (0, 4) and isinstance(rows, Rows)

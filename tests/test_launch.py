@@ -5,8 +5,8 @@ import pytest
 import yaml
 from PIL import Image
 from servers import MotoServer
-from t2i_nb import sagemaker_launch as L
-from t2i_nb.cli import main
+from t2i_nb import jobs as J, sagemaker_launch as L, staging as S
+from t2i_nb.__main__ import main
 from t2i_nb.core import InputError, apply_overrides, find_recipe, load_config
 from t2i_nb.recipe import RunConfig
 
@@ -38,7 +38,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def library(tmp_path_factory, project):
-    "A checkout that nobody edits while the tests run"
+    "A checkout that stays as it is while the tests run"
     folder = tmp_path_factory.mktemp('checkout')
     for name in ('t2i_nb', 'sagemaker_src'): shutil.copytree(project/name, folder/name, ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('settings.ini', 'constraints.txt'): shutil.copyfile(project/name, folder/name)
@@ -50,7 +50,7 @@ def aws(server, library, tmp_path, monkeypatch):
     for k in [k for k in os.environ if k.startswith(('AWS_', 'MLFLOW_', 'WANDB_', 'T2I_'))]: monkeypatch.delenv(k)
     for k, v in (server.settings() | FAKES | dict(SAGEMAKER_VALIDATE_ROLE='false', IN_TEST='1', T2I_CALIBRATION=str(tmp_path/'none'),
                  AWS_CONFIG_FILE='/dev/null', AWS_SHARED_CREDENTIALS_FILE='/dev/null')).items(): monkeypatch.setenv(k, v)
-    monkeypatch.setattr(L, 'package_dir', lambda: library)
+    monkeypatch.setattr(S, 'package_dir', lambda: library)
     (tmp_path/'here').mkdir(); monkeypatch.chdir(tmp_path/'here')
     s3, iam = boto3.client('s3'), boto3.client('iam')
     if not [b for b in s3.list_buckets()['Buckets'] if b['Name'] == BUCKET]:
@@ -104,38 +104,79 @@ def test_a_launch_is_its_dry_run_and_sends_everything_once(aws, photos, capsys):
     code, _, told = t2i(capsys, *words(photos, '--detach'))
     again = json.loads(Path('launch.json').read_text())
     assert code == 0 and objects(aws) == there and again['sent'] == dict(files=0, bytes=0)
-    assert again['goes_on_from'] == 'img-00000020' and 'goes on from img-00000020' in told and len(jobs()) == len(before) + 2
+    assert again['resumes_from'] == 'img-00000020' and 'the run resumes from img-00000020' in told and len(jobs()) == len(before) + 2
     code, said, _ = t2i(capsys, *words(photos, '--dry-run', '--nodes', '1', '--on-demand')) # another number of machines is the same run
     other = yaml.safe_load(said)['request']
     assert [(r['CheckpointConfig'], channels(r)['training']) for r in (other, again['request'])] == 2*[(real['CheckpointConfig'],
                                                                                                       channels(real)['training'])]
     assert 'MaxWaitTimeInSeconds' not in other['StoppingCondition'] and not other.get('EnableManagedSpotTraining')
 
-def test_an_interrupted_upload_sends_what_is_missing(aws, photos, monkeypatch):
-    parcel, sent = L.Parcel('training', L.folder_files(photos) | {'one more': b'x'*1000}), []
-    class Flaky: # a connection that is cut after seven files
-        def __getattr__(self, name): return getattr(aws, name)
-        def put_object(self, **what):
-            if len(sent) == 7: raise KeyboardInterrupt
-            sent.append(what); return aws.put_object(**what)
-    with pytest.raises(KeyboardInterrupt): L.send(Flaky(), BUCKET, parcel)
-    assert L.send(aws, BUCKET, parcel)['files'] == 25 - 7 and L.send(aws, BUCKET, parcel) == dict(files=0, bytes=0)
-    assert {k: content(aws, k) for k in under(aws, f's3://{BUCKET}/{parcel.prefix}').values()} == {
-        f'{parcel.prefix}/{n}': f if isinstance(f, bytes) else f.read_bytes() for n, f in parcel.files.items()}
+class Cut:
+    "An S3 client whose connection is cut after so many files"
+    def __init__(self, s3, after): self.s3, self.left = s3, iter(range(after))
+    def __getattr__(self, name): return getattr(self.s3, name)
+    def upload_file(self, *args, **how):
+        if next(self.left, None) is None: raise OSError('the connection is cut')
+        return self.s3.upload_file(*args, **how)
 
-def test_an_interrupted_large_file_sends_the_missing_parts(aws, tmp_path):
-    big, parts, part = tmp_path/'table.parquet', [], 5*2**20 # S3 takes no smaller ones
-    big.write_bytes(hashlib.shake_256(b'images').digest(2*part + 1000))
-    class Flaky:
-        def __getattr__(self, name): return getattr(aws, name)
-        def upload_part(self, **what):
-            if len(parts) == 1: raise KeyboardInterrupt
-            parts.append(what['PartNumber']); return aws.upload_part(**what)
-    parcel = L.Parcel('training', {big.name: big})
-    with pytest.raises(KeyboardInterrupt): L.send(Flaky(), BUCKET, parcel, part)
-    assert not under(aws, f's3://{BUCKET}/{parcel.prefix}') # nothing is there until it is whole
-    assert L.send(aws, BUCKET, parcel, part) == dict(files=1, bytes=part + 1000)
-    assert content(aws, f'{parcel.prefix}/{big.name}') == big.read_bytes() and L.send(aws, BUCKET, parcel, part)['files'] == 0
+def test_an_interrupted_upload_sends_what_is_missing(aws, photos, tmp_path):
+    (tmp_path/'one more').write_bytes(b'x'*1000)
+    parcel = S.Parcel('training', S.folder_files(photos) | {'one more': tmp_path/'one more'})
+    with pytest.raises(OSError): S.send_parcel(Cut(aws, after=7), BUCKET, parcel)
+    assert len(under(aws, f's3://{BUCKET}/{parcel.prefix}')) == 7
+    assert S.send_parcel(aws, BUCKET, parcel)['files'] == 25 - 7 and S.send_parcel(aws, BUCKET, parcel) == dict(files=0, bytes=0)
+    assert {k: content(aws, k) for k in under(aws, f's3://{BUCKET}/{parcel.prefix}').values()} == {
+        f'{parcel.prefix}/{n}': f.read_bytes() for n, f in parcel.files.items()}
+
+def test_a_large_file_is_there_whole_or_not_at_all(aws, tmp_path):
+    "It travels in parts; a connection that is cut leaves no object, and the file is sent again"
+    big = tmp_path/'table.parquet'
+    big.write_bytes(hashlib.shake_256(b'images').digest(9*2**20)) # boto3 sends more than 8 MiB in parts
+    parcel, parts = S.Parcel('training', {big.name: big}), []
+    def part(params, **_):
+        parts.append(params['PartNumber'])
+        if params['PartNumber'] == 2: raise OSError('the connection is cut')
+    aws.meta.events.register('provide-client-params.s3.UploadPart', part)
+    with pytest.raises(OSError): S.send_parcel(aws, BUCKET, parcel)
+    aws.meta.events.unregister('provide-client-params.s3.UploadPart', part)
+    assert 2 in parts and not under(aws, f's3://{BUCKET}/{parcel.prefix}')
+    assert S.send_parcel(aws, BUCKET, parcel) == dict(files=1, bytes=9*2**20)
+    assert content(aws, f'{parcel.prefix}/{big.name}') == big.read_bytes() and S.send_parcel(aws, BUCKET, parcel)['files'] == 0
+
+@pytest.mark.parametrize('spot', (False, True))
+def test_what_a_budget_limits(spot):
+    "MaxRuntime is the time in which the dearest expected price spends the budget; the run's own count leaves room for start and end"
+    from t2i_nb.cost import EXPECTED, FINISH, HIGH, estimate_cost
+    cfg, dearer = load_config(find_recipe('flowers128'), RunConfig), HIGH.spot/EXPECTED.spot if spot else 1
+    how = L.LaunchConfig(spot=spot, max_hours=10)
+    estimate = estimate_cost(cfg, how.instance_type, spot=spot)
+    hour = estimate.dollars_per_hour*dearer
+    limits = {budget: L.stopping_condition(L.replace(how, budget=budget), estimate) for budget in (0, .001, 1, 2, 1e6)}
+    assert limits[0] == limits[1e6] == (36_000, 72_000) # `max_hours` alone, and twice as long with waiting
+    assert [limits[b][0] for b in (1, 2)] == [int(3600*b/hour) for b in (1, 2)] and limits[.001][0] == 60 # SageMaker's least
+    assert L.stopping_condition(L.replace(how, budget=1, max_hours=.5), estimate)[0] == 1800 # the shorter of both
+    plain, train = (L.with_budget(cfg, L.replace(how, budget=b), estimate).train for b in (0, 1))
+    assert plain.max_dollars == 0 and plain.dollars_per_hour == train.dollars_per_hour == pytest.approx(estimate.dollars_per_hour)
+    minutes = estimate.times.start*HIGH.start/60 + FINISH
+    assert train.max_dollars*dearer + hour*minutes/60 == pytest.approx(1)
+    with pytest.raises(InputError, match='is spent before training begins'): L.with_budget(cfg, L.replace(how, budget=.01), estimate)
+
+def test_what_the_container_reads(monkeypatch):
+    "Passwords and addresses of this machine stay here"
+    cfg = apply_overrides(load_config(find_recipe('flowers128'), RunConfig), ['train.track=mlflow'])
+    how = L.LaunchConfig(secrets=('MLFLOW_TRACKING_PASSWORD=team/mlflow',), experiment='flowers')
+    def env(**own): return L.job_environment(cfg, how, 60, own)
+    assert env() == dict(MLFLOW_EXPERIMENT_NAME='flowers', T2I_SECRETS='{"MLFLOW_TRACKING_PASSWORD": "team/mlflow"}', T2I_PREDICTED_SECONDS='60')
+    assert env(MLFLOW_TRACKING_URI='https://mlflow.example.org', MLFLOW_TRACKING_PASSWORD='x')['MLFLOW_TRACKING_URI'] == 'https://mlflow.example.org'
+    assert not any('MLFLOW_TRACKING_URI' in env(MLFLOW_TRACKING_URI=uri) for uri in ('http://127.0.0.1:5000', 'http://localhost:5000', 'runs/mlflow'))
+    assert L.read_line('epoch 3: loss=0.2') == {}
+    with pytest.raises(InputError, match='holds a password'): env(MLFLOW_TRACKING_URI='https://me:word@mlflow.example.org')
+
+def test_package_names(project):
+    "Every pin is one version, and none is torch or one of its libraries"
+    pins = S._pinned(project)
+    assert len(pins) > 100 and all(S.Requirement(pin).specifier and S.canonicalize_name(pin.split('==')[0]) == name for name, pin in pins.items())
+    assert not [name for name in pins if name.startswith(('torch', 'nvidia', 'triton'))]
 
 def test_what_a_recipe_needs_of_this_machine_goes_along(aws, photos, library, tmp_path):
     "Latents that were computed here are a channel; weights that lie here are in the archive, under a name the container finds"
@@ -143,9 +184,9 @@ def test_what_a_recipe_needs_of_this_machine_goes_along(aws, photos, library, tm
     shutil.copytree(library/'pretrained'/'vae', tmp_path/'my vae')
     cfg = apply_overrides(load_config(find_recipe('flowers128'), RunConfig), [*TINY, f'data.source={photos}', f'vae.name={tmp_path}/my vae'])
     how = L.LaunchConfig(bucket=BUCKET, role=ROLE, region='eu-west-1', cache=str(tmp_path/'cache'))
-    request = L.launch(cfg, how, dry_run=True)['request']
+    request = L.launch_job(cfg, how, dry_run=True)['request']
     assert list(channels(request)) == ['training', 'cache', 'code', 'sm_drivers'] and channels(request)['cache']['InputMode'] == 'FastFile'
-    staged = load_config(L.stage_source(cfg, tmp_path/'staged')/'config.yaml', RunConfig)
+    staged = load_config(S.stage_source(cfg, tmp_path/'staged')/'config.yaml', RunConfig)
     assert staged.vae.name == 'given/vae' and (tmp_path/'staged'/'given'/'vae'/'config.json').is_file()
 
 def test_wrong_inputs_are_one_sentence_and_leave_nothing(aws, photos, capsys, monkeypatch):
@@ -160,7 +201,7 @@ def test_wrong_inputs_are_one_sentence_and_leave_nothing(aws, photos, capsys, mo
         assert code == 2 and expected in err and err.count('\n') == err.count('t2i: ') and not out, (argv[-4:], code, err)
         sentence = err.splitlines()[-1]
         assert 'Traceback' not in err and not any(v in err for v in FAKES.values()), sentence
-    refused(changed('--role', 'nobody'), "there is no role 'nobody' in account 123456789012")
+    refused(changed('--role', 'missing'), "there is no role 'missing' in account 123456789012")
     refused(changed('--role', ROLE.replace('123456789012', '210987654321')), 'the role is')
     refused(changed('--role', ''), 'no role is named')
     refused(changed('--bucket', 'a-bucket-that-is-not'), "there is no bucket 'a-bucket-that-is-not'")
@@ -177,13 +218,14 @@ def test_wrong_inputs_are_one_sentence_and_leave_nothing(aws, photos, capsys, mo
     refused([*ok, '--set', 'train.micro_batch=3'], 'is not a multiple of')
     refused([*ok, '--set', 'train.track=mlflow'], 'holds a password', MLFLOW_TRACKING_URI='http://me:' + 'word@mlflow.example.org')
     refused(ok, 'there are no AWS credentials', **{k: '' for k in FAKES if k.startswith('AWS')})
-    refused(ok, 'AWS cannot be reached to ask who they are', AWS_ENDPOINT_URL='http://127.0.0.1:9') # a port where nobody listens
+    refused(ok, 'AWS cannot be reached to ask who they are', AWS_ENDPOINT_URL='http://127.0.0.1:9') # a port without a server
     refused(['launch', '--attach', 'no-such-job'], "AWS could not find the training job 'no-such-job'")
     refused(['launch'], 'name one recipe')
-    monkeypatch.setattr(L, 'package_dir', lambda: Path('/')/'site-packages'/'t2i_nb')
+    monkeypatch.setattr(S, 'package_dir', lambda: Path('/')/'site-packages'/'t2i_nb')
     refused(ok, 'a launch sends files of the project')
     assert before == (objects(aws), jobs(), boto3.client('s3').list_buckets()['Buckets'], sorted(Path('.').rglob('*')))
 
+@pytest.mark.slow
 def test_no_capacity_and_no_quota_say_what_to_do(aws, photos, capsys, monkeypatch):
     from botocore.exceptions import ClientError
     def refuse(code, message):
@@ -192,7 +234,7 @@ def test_no_capacity_and_no_quota_say_what_to_do(aws, photos, capsys, monkeypatc
         return t2i(capsys, *words(photos, '--detach', experiment='refused'))
     before = jobs()
     real = L.make_request # only the one that is sent is refused
-    monkeypatch.setattr(L, 'make_request', lambda *a: real(*a) if not a[3] else dict(TrainingJobName='none'))
+    monkeypatch.setattr(L, 'make_request', lambda how, plan, *sent: real(how, plan, *sent) if sent else dict(TrainingJobName='none'))
     code, _, err = refuse('CapacityError', 'Unable to provision requested ML compute capacity')
     assert code == 2 and 'AWS has no ml.g4dn.xlarge to give now; the next in price is ml.g4dn.2xlarge' in err
     code, _, err = refuse('ResourceLimitExceeded', "The account-level service limit 'ml.g4dn.xlarge for spot training' is 0")
@@ -210,15 +252,15 @@ def test_a_job_is_followed_through_its_log(aws, photos, capsys):
     code, said, told = t2i(capsys, 'launch', '--attach', job, '--region', 'eu-west-1')
     assert code == 0 and '8 images seen, 51.2 images/s, loss 0.7000' in told and 'is done' in said, (said, told)
 
-def test_whoever_watches_may_leave(aws, capsys, monkeypatch):
+def test_the_watcher_may_leave(aws, capsys, monkeypatch):
     asked, job = [], dict(TrainingJobName='t2i-mine-1', TrainingJobStatus='InProgress', SecondaryStatusTransitions=[],
                           ResourceConfig=dict(InstanceType='ml.g5.xlarge', InstanceCount=1))
     class Answers:
         def describe_training_job(self, TrainingJobName): asked.append(1); return job | dict(SecondaryStatus='Starting' if len(asked) < 3 else 'Training')
     def sleep(seconds):
         if len(asked) == 4: raise KeyboardInterrupt
-    monkeypatch.setattr(L, 'client', lambda session, name, real=L.client: Answers() if name == 'sagemaker' else real(session, name))
-    monkeypatch.setattr(L, 'time', type('clock', (), dict(sleep=staticmethod(sleep))))
+    monkeypatch.setattr(J, 'aws_client', lambda session, name, real=L.aws_client: Answers() if name == 'sagemaker' else real(session, name))
+    monkeypatch.setattr(J, 'time', type('clock', (), dict(sleep=staticmethod(sleep))))
     code, said, told = t2i(capsys, 'launch', '--attach', 't2i-mine-1', '--region', 'eu-west-1')
     assert code == 0 and 'the job goes on; t2i launch --attach t2i-mine-1 watches it again' in said
     assert told.count('\n') == 2 and 'waits for machines' in told and 'trains' in told # said once each
@@ -281,11 +323,12 @@ def test_the_archive_trains_where_the_library_is_not_installed(aws, request_of, 
     with tarfile.open(tmp_path/'got'/'source.tar.gz') as tar: tar.extractall(code, filter='data')
     train = load_config(code/'config.yaml', RunConfig).train
     assert 0 < train.max_dollars < 5 and train.dollars_per_hour > 0 # the run ends in time by itself
-    ran = subprocess.run([bare/'bin'/'torchrun', '--standalone', '--nproc_per_node', '2', 'train.py', '--config', 'config.yaml'], cwd=code,
-                         capture_output=True, text=True, timeout=600, env=clean(bare, T2I_ML_ROOT=str(ml), SM_CHANNEL_TRAINING=str(tmp_path/'photos')))
+    ran = subprocess.run([bare/'bin'/'python3', 'train.py', '--config', 'config.yaml'], cwd=code, capture_output=True, text=True, timeout=600,
+                         env=clean(bare, T2I_ML_ROOT=str(ml), SM_CHANNEL_TRAINING=str(tmp_path/'photos')))
     assert ran.returncode == 0, ran.stdout + ran.stderr
     check_model(ml, ran.stdout)
 
+@pytest.mark.slow
 def test_the_sdks_own_drivers_start_it_in_a_private_opt_ml(aws, request_of, bare, tmp_path):
     "The request's entry point and arguments, its channels as S3 has them, two processes for two pretended GPUs"
     tried = subprocess.run(['unshare', '-rm', 'bash', '-c', 'mount -t tmpfs tmpfs /opt && mkdir /opt/ml'], capture_output=True, text=True) \
@@ -314,7 +357,7 @@ def test_the_sdks_own_drivers_start_it_in_a_private_opt_ml(aws, request_of, bare
 
 def test_no_secret_is_left_anywhere(aws, request_of, photos, tmp_path):
     cfg = apply_overrides(load_config(find_recipe('flowers128'), RunConfig), [*TINY, f'data.source={photos}', 'train.track=mlflow'])
-    L.stage_source(cfg, tmp_path/'staged')
+    S.stage_source(cfg, tmp_path/'staged')
     found = {'launch.json': Path('launch.json').read_bytes(), 'request': json.dumps(request_of).encode()}
     found |= {f'staged {p}': p.read_bytes() for p in (tmp_path/'staged').rglob('*') if p.is_file()}
     for key in objects(aws):

@@ -273,7 +273,7 @@ def test_in_jupyterlab(run, tmp_path):
     pytest.importorskip('ipykernel'), pytest.importorskip('tornado')
     from t2i_nb.commands import export
     export(run)
-    cell = f'from t2i_nb.deploy import open_playground\nopen_playground({str(run)!r})'
+    cell = f'from t2i_nb.run import open_playground\nopen_playground({str(run)!r})'
     for attempt in range(4): # on a busy machine Lab now and then loses its kernel while it starts
         process, address = start_lab(lab, tmp_path/f'lab{attempt}', cell)
         browser = None

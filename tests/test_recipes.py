@@ -1,9 +1,11 @@
 "Every recipe trains two steps: the published layouts, the same code, shrunk by overrides alone."
 import json
+import re
 import pytest
+import yaml
 import layouts
-from t2i_nb.cli import main
-from t2i_nb.core import load_config
+from t2i_nb.__main__ import main
+from t2i_nb.core import find_recipe, flat, load_config, to_dict
 from t2i_nb.checkpoint import read_metrics
 from t2i_nb.recipe import RunConfig
 
@@ -26,7 +28,18 @@ def shrunk(name, tmp_path):
     layouts.hub(tmp_path/'pokemon')
     return [f'data.source=hf:{tmp_path/"pokemon"}', *clip]
 
-@pytest.mark.parametrize('name', ('demo', 'folder', 'flowers128', 'cifar10', 'pokemon32', 'celeba128'))
+NAMES = ('demo', 'folder', 'flowers128', 'cifar10', 'pokemon32', 'celeba128')
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_recipe_holds_what_it_decides(name):
+    "Another value than the default, or the default with its reason behind it; config.yaml of a run has the rest"
+    text, defaults = find_recipe(name).read_text(encoding='utf-8'), flat(to_dict(RunConfig()))
+    for key, value in flat(yaml.safe_load(text)).items():
+        line = next(l for l in text.splitlines() if re.match(rf' *{key.split(".")[-1]}:', l))
+        assert '#' in line or value != defaults.get(key) or key in ('data.source', 'vae.name', 'unet.width'), f'{key} decides nothing'
+    assert len(text.splitlines()) <= 65
+
+@pytest.mark.parametrize('name', NAMES)
 def test_two_steps(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path/'datasets'))
     overrides, run = [*SMALL, *shrunk(name, tmp_path)], tmp_path/'run'
@@ -49,17 +62,19 @@ def test_two_steps(name, tmp_path, monkeypatch, capsys):
     from PIL import Image # b: drawn at the size it was trained at
     with Image.open(tmp_path/'a.png') as image: assert image.size == (cfg.data.size, cfg.data.size)
 
+@pytest.mark.slow
 def test_two_caches_at_once(tmp_path):
     "Two processes of `t2i cache` on one run share the work: what they leave is what one leaves"
     import subprocess, sys
     words = ['cache', 'demo', '--set', 'data.n_images=1100']
-    code = 'import sys; from t2i_nb.cli import main; sys.exit(main(sys.argv[1:]))'
+    code = 'import sys; from t2i_nb.__main__ import main; sys.exit(main(sys.argv[1:]))'
     def start(run): return subprocess.Popen([sys.executable, '-c', code, *words, '--run-dir', str(tmp_path/run)], stdout=subprocess.DEVNULL)
     pair = [start('two'), start('two')]
     assert [p.wait() for p in pair] == [0, 0] and start('one').wait() == 0
     files = lambda run: {p.relative_to(tmp_path/run): p.read_bytes() for p in (tmp_path/run/'cache').rglob('*') if p.is_file()}
     assert files('two') == files('one') and len(files('one')) >= 4
 
+@pytest.mark.slow
 def test_a_prompt_tells_its_class(tmp_path):
     layouts.cifar10(tmp_path)
     overrides = [*SMALL, f'data.root={tmp_path}', 'text.encoder=tiny', 'text.max_length=0', 'data.label=label', 'train.n_images=64',

@@ -142,12 +142,12 @@ import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from pathlib import Path
 import t2i_nb.tracking
-from test_tracking import follow, send, stand_in
+from test_tracking import follow, send_run, stand_in
 t2i_nb.tracking.LAST_SECONDS = 300. # a busy machine answers late
 run = Path(sys.argv[1])
 with follow(run, ['mlflow', 'tensorboard'], every=.1):
     for _ in stand_in(run): pass
-send(run, ['mlflow', 'tensorboard'])
+send_run(run, ['mlflow', 'tensorboard'])
 '''
     env = os.environ | secrets | dict(MLFLOW_TRACKING_URI=f'sqlite:///{run}/mlflow.db', MLFLOW_EXPERIMENT_NAME='secrets',
                                       MLFLOW_TRACKING_USERNAME='me', PYTHONWARNINGS='ignore')

@@ -1,10 +1,185 @@
-"Runs that are killed, stopped, starved of disk or damaged, in processes of their own"
+"Steps and ends of a training in this process, and runs that are killed, stopped, starved of disk or damaged, in processes of their own"
 import json, os, random, shutil, signal, socket, subprocess, sys, time
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
-import pytest
-from t2i_nb.checkpoint import checkpoint_folders, cost_summary, newest_checkpoint, read_cost
-from t2i_nb.checkpoint import read_metrics
+import pytest, torch
+from t2i_nb.core import InputError, apply_overrides, keyed_seed
+from t2i_nb.unet import build_unet
+from t2i_nb.objective import Objective
+from t2i_nb.engine import make_engine
+from t2i_nb.checkpoint import checkpoint_folders, cost_summary, newest_checkpoint, read_cost, read_metrics
+from t2i_nb.recipe import Components, RunConfig, TrainConfig, TrainingData
+from t2i_nb.train import (TrainState, averaged, best_average, check_share, guarded_step, image_order, learning_rate, make_batch, train_steps, update_ema,
+                          validation_loss)
+
+def noise_data(n, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 4, 8, 8, generator=draw).half()
+    return TrainingData(images, images.abs()/4, torch.arange(1, n + 1)[:, None], torch.randn(n + 1, 4, 16, generator=draw).half())
+
+def recipe(*overrides):
+    return apply_overrides(RunConfig(), ['unet.width=8', 'unet.levels=2', 'unet.head_dim=8', 'unet.attention_size=8', 'train.n_images=64', 'train.global_batch=8',
+                                         'train.checkpoint_images=32', 'train.validation_images=32', 'train.log_images=8', 'train.warmup_images=16',
+                                         'train.device=cpu', 'train.precision=float32', 'vae.name=', 'data.size=8', *overrides])
+
+def small_unet(seed=0): return build_unet(recipe().unet, 8, 4, 16, seed)
+
+def trained(run, *overrides, images=None, until=None, **how):
+    "The last state of a run on noise, left alone or abandoned at `until` images"
+    data = noise_data(16) if images is None else images
+    for state in train_steps(recipe(*overrides), run, Components(None, None, None), data, noise_data(8, 1), **how):
+        if state.images_seen == until: break
+    return state
+
+def trace(run): return [(r['images_seen'], r['loss']) for r in read_metrics(run) if 'loss' in r]
+
+def test_captions_flips_and_classes():
+    "Each visit of an image draws one of its captions and of its two sides; dropout takes text and class together"
+    data, cfg = noise_data(4), recipe().train
+    pair = TrainingData(data.mean, data.std, torch.tensor([[1, 2], [3, -1], [4, 5], [6, 7]]), noise_data(7).states, '', (data.mean.flip(-1), data.std),
+                        torch.arange(4), tuple('abcd'))
+    seen = {(what, i): set() for what in ('caption', 'flip') for i in range(4)}
+    for j in range(64):
+        one, i = make_batch(pair, cfg, j, 1), image_order(4, 0, j)
+        text = next(r for r in range(8) if torch.equal(one['encoder_hidden_states'][0], pair.states[r].float()))
+        assert one['class_labels'].item() == (i if text else 4)
+        if text: seen['caption', i].add(text)
+        seen['flip', i].add(torch.equal(one['x0'][0], pair.mean[i].float()))
+    assert [seen['caption', i] for i in range(4)] == [{1, 2}, {3}, {4, 5}, {6, 7}] and all(seen['flip', i] == {True, False} for i in range(4))
+    assert torch.equal(make_batch(pair, cfg, 0, 4)['eps'], make_batch(replace(pair, flips=()), cfg, 0, 4)['eps']) # the other draws stay as they are
+
+def test_epochs_and_dropout():
+    assert all(sorted(image_order(16, 0, 16*epoch + k) for k in range(16)) == list(range(16)) for epoch in range(3))
+    data, cfg = noise_data(512), recipe('train.caption_dropout=0.1').train
+    dropped = sum(torch.equal(s, data.states[0].float()) for s in make_batch(data, cfg, 0, 512)['encoder_hidden_states'])
+    assert 20 < dropped < 90
+
+def test_learning_rates():
+    "Warm-up and cosine at their ends; onecycle is torch's to 4e-6 of the peak, where torch's bends into a floor"
+    plain = TrainConfig()
+    assert learning_rate(plain, 0) == pytest.approx(1e-3*16/1600) and learning_rate(plain, 48_000) < 1e-9
+    assert learning_rate(replace(plain, lr_schedule='constant'), 40_000) == plain.lr
+    one, sgd = TrainConfig(lr_schedule='onecycle', n_images=1600), torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    theirs = torch.optim.lr_scheduler.OneCycleLR(sgd, max_lr=one.lr, total_steps=101, pct_start=31/101) # torch is at the top one step early
+    for step in range(100):
+        assert learning_rate(one, 16*step) == pytest.approx(theirs.get_last_lr()[0], abs=5e-6*one.lr)
+        sgd.step(); theirs.step()
+
+def test_moving_average():
+    counter, ema = torch.nn.Linear(1, 1, bias=False), {'weight': torch.zeros(1, 1)}
+    counter.weight.data.fill_(1.)
+    for step in range(1, 4): update_ema(ema, counter, .9999, step)
+    left = 1.
+    for step in range(1, 4): left *= min(.9999, (1 + step)/(10 + step))
+    assert ema['weight'].item() == pytest.approx(1 - left, abs=1e-6)
+    assert torch.equal(averaged(counter, ema).weight, ema['weight'])
+
+def test_validation_loss():
+    "The same at each visit, another for another seed; per image it has the same mean, whatever the images beside it"
+    unet, data, objective = small_unet(), noise_data(70), Objective(recipe().objective)
+    bins, each = validation_loss(unet, objective, data), validation_loss(unet, objective, data, per_image=True)
+    assert bins == validation_loss(unet, objective, data) != validation_loss(unet, objective, data, seed=1)
+    assert (len(bins), len(each)) == (8, 64) and sum(bins)/8 == pytest.approx(sum(each)/64, rel=1e-5)
+    assert validation_loss(unet, objective, data, n_images=70, per_image=True)[:64] == pytest.approx(each, rel=1e-5)
+    classes = replace(data, labels=torch.arange(70) % 2, class_names=('a', 'b'))
+    aware = build_unet(recipe().unet, 8, 4, 16, 0, classes.class_names)
+    assert validation_loss(aware, objective, classes, n_images=4) != validation_loss(aware, objective, replace(classes, labels=1 - classes.labels), n_images=4)
+
+def fresh(**numbers):
+    unet = small_unet()
+    state = TrainState(unet=unet, ema={k: p.detach().clone() for k, p in unet.named_parameters()}, **numbers)
+    def attempt(data): guarded_step(make_engine(recipe().train, unet), Objective(recipe().objective), data, recipe().train, state)
+    return state, attempt, lambda: all(torch.equal(p, q) for p, q in zip(unet.parameters(), small_unet().parameters()))
+
+def test_steps_that_would_do_damage():
+    good = noise_data(16)
+    bad, far = replace(good, mean=good.mean*float('nan')), replace(good, mean=good.mean*30)
+    state, attempt, same = fresh()
+    for _ in range(9): attempt(bad)
+    assert (state.skipped, state.step) == (9, 0) and same()
+    with pytest.raises(InputError, match='10 steps in a row were not taken, up to image 0'): attempt(bad)
+    state, attempt, same = fresh() # what is usual is not known yet
+    attempt(far)
+    assert (state.skipped, same()) == (0, False)
+    state, attempt, same = fresh(step=100, loss_ema=2.)
+    attempt(far)
+    assert (state.skipped, same()) == (1, True)
+    attempt(good)
+    assert (state.skipped, state.skipped_in_a_row, same()) == (1, 0, False)
+
+def test_smaller_micro_batches():
+    from t2i_nb.train import _smaller_micro
+    cfg = recipe().train
+    assert _smaller_micro(cfg, cfg, 1).micro_batch == 4
+    with pytest.raises(InputError, match='use train.micro_batch=2'): _smaller_micro(cfg, cfg, 2)
+    with pytest.raises(InputError, match='use train.micro_batch=4'): _smaller_micro(replace(cfg, micro_batch=8), replace(cfg, micro_batch=8), 1)
+    with pytest.raises(InputError, match='use a smaller unet.width'): _smaller_micro(replace(cfg, micro_batch=1), cfg, 1)
+    with pytest.raises(InputError, match='cannot be shared by 3 processes'): check_share(cfg, 3)
+
+def test_ends():
+    from t2i_nb.train import _end_of
+    cases = {('', 0, 16, 0., 0): '', ('', 90, 16, 0., 1): 'minutes', ('', 0, 16, .5, 1): 'dollars', ('', 0, 16, .4, 2): 'patience', ('', 90, 48_000, .5, 2): 'images'}
+    for (_, seconds, n, dollars, bad), why in cases.items():
+        assert _end_of(TrainConfig(max_minutes=1, max_dollars=.5, patience=2), TrainState(images_seen=n, seconds=seconds, dollars=dollars, bad_validations=bad)) == why
+
+def test_signals():
+    "The first is noted; a second one within a second is its echo, a later one ends at once"
+    code = ('import signal, sys, time, t2i_nb.train as t\nwith t.stop_signals() as should_stop: signal.raise_signal(signal.SIGTERM); '
+            'signal.raise_signal(signal.SIGTERM); sys.stdout.write(should_stop()); time.sleep(1.1); signal.raise_signal(signal.SIGINT)')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr.split()[-1]) == ('SIGTERM', 'KeyboardInterrupt')
+
+def test_abandoned_and_called_again(tmp_path):
+    "Weights, EMA and losses are those of the run that was left alone, and so after a death before the first checkpoint"
+    whole = trained(tmp_path/'whole')
+    for name, until in (('killed', 40), ('early', 16)):
+        trained(tmp_path/name, until=until)
+        messages = []
+        again = trained(tmp_path/name, log=messages.append)
+        assert f"goes on at {32 if until > 32 else 0} images" in messages[-1]
+        assert all(torch.equal(p, q) for p, q in zip(whole.unet.parameters(), again.unet.parameters())) and all(torch.equal(whole.ema[k], again.ema[k]) for k in again.ema)
+        assert trace(tmp_path/name) == trace(tmp_path/'whole')
+
+def test_first_step_and_micro_batches(tmp_path):
+    "The first step reaches the whole network; micro-batches change the order of summation alone; a prediction changes nothing"
+    first = trained(tmp_path/'one', until=8)
+    begun = small_unet(keyed_seed(0, 'weights'))
+    moved = [(p - q).abs().max().item() > 0 for p, q in zip(first.unet.parameters(), begun.parameters())]
+    assert sum(moved) > .95*len(moved)
+    for name, more, how in (('whole', (), {}), ('split', ('train.micro_batch=2',), {}), ('predicted', (), dict(predict=True))): trained(tmp_path/name, *more, **how)
+    assert trace(tmp_path/'predicted') == trace(tmp_path/'whole')
+    assert max(abs(a - b) for (_, a), (_, b) in zip(trace(tmp_path/'whole'), trace(tmp_path/'split'))) < 1e-5
+
+def test_prediction(tmp_path):
+    "Asked to predict, a run first logs speed and memory, and its lines have the MFU"
+    messages = []
+    trained(tmp_path, 'train.n_images=2400', until=8, log=messages.append, predict=True)
+    assert 'images a second' in messages[-1] and 'MFU' in messages[-1] and 'GB a process' in messages[-1]
+    assert 0 < read_metrics(tmp_path)[0]['mfu'] < 2 and trace(tmp_path)[0][0] == 8
+
+def test_another_setting_in_another_directory(tmp_path):
+    trained(tmp_path/'first')
+    shutil.copytree(tmp_path/'first'/'checkpoints', tmp_path/'slower'/'checkpoints')
+    slowed = trained(tmp_path/'slower', 'train.lr=1e-5', 'train.n_images=128', until=72)
+    assert slowed.images_seen == 72 and slowed.lr < 1e-5
+
+def test_the_best_is_left(tmp_path):
+    "The EMA weights of the best validation, from their checkpoint"
+    state = trained(tmp_path, 'train.keep_checkpoints=1', 'train.checkpoint_images=8', 'train.validation_images=8')
+    assert state.best_at and torch.equal(best_average(tmp_path, state)['conv_in.weight'], best_average(tmp_path, replace(state, images_seen=1))['conv_in.weight'])
+    older = replace(state, best_at=8)
+    assert best_average(tmp_path, older) is older.ema # no such checkpoint any more
+
+def test_a_budget_in_this_process(tmp_path):
+    "A dollar each second, and two to spend: a run that is asked to go on says at once that it is over; with a greater budget it goes on"
+    rich = ['train.n_images=80000', 'train.dollars_per_hour=36000', 'train.max_dollars=5', 'train.validation_images=16']
+    spent = trained(tmp_path, *rich)
+    again = trained(tmp_path, *rich)
+    assert (spent.ended, again.ended, again.images_seen) == ('dollars', 'dollars', spent.images_seen)
+    more = trained(tmp_path, *rich[:2], 'train.max_dollars=1e6', rich[3], until=spent.images_seen + 8)
+    log = cost_summary(tmp_path)
+    assert (more.images_seen - spent.images_seen, log['attempts'], log['images_lost']) == (8, 3, 0)
 
 SMALL = ['data.n_images=64', 'data.size=64', 'unet.width=16', 'unet.attention_size=8', 'unet.overrides={"block_out_channels": [8, 16]}',
          'train.n_images=320', 'train.global_batch=8', 'train.micro_batch=0', 'train.warmup_images=80', 'train.log_images=8',
@@ -38,7 +213,7 @@ def note_draws(path): # one line a draw: its number, its image, a digest of ever
 def fit(run, overrides, log=lambda text: None):
     cfg = apply_overrides(load_config(find_recipe('demo'), RunConfig), overrides)
     with stop_signals() as should_stop:
-        for state in train(cfg, Path(run), Components(None, None, None), *parts, log=log, should_stop=should_stop): pass
+        for state in train_steps(cfg, Path(run), Components(None, None, None), *parts, log=log, should_stop=should_stop): pass
     return state.ended
 os.environ['DS_ACCELERATOR'] = 'cpu'
 try: import deepspeed.runtime.zero.muon.muon_optimizer # the slow one of its imports
@@ -76,7 +251,7 @@ class Nursery:
         self.process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout.readline() == 'ready\n'
     def answer(self): return json.loads(self.process.stdout.readline())
-    def train_steps(self, run, overrides, end=None, **job):
+    def train(self, run, overrides, end=None, **job):
         "What the training said last, its exit status, its seconds"
         begun, said = time.perf_counter(), {}
         if 'world' in job:
@@ -193,7 +368,7 @@ def test_a_hundred_damages(nursery, tmp_path):
 
 @posix
 def test_the_command_is_asked_to_end(tmp_path):
-    "`t2i train` saves and exits with 0 on SIGTERM, and a second process on the same run is refused"
+    "`t2i train` saves and exits with 130 on SIGTERM, and a second process on the same run is refused"
     words = [sys.executable, '-m', 't2i_nb', 'train', 'demo', '--run-dir', str(tmp_path/'run'), '--set', *SMALL, 'train.n_images=800000']
     first = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     while not read_metrics(tmp_path/'run'): time.sleep(.1); assert first.poll() is None
@@ -201,12 +376,12 @@ def test_the_command_is_asked_to_end(tmp_path):
     assert second.returncode == 2 and 'another process is writing' in second.stderr
     first.send_signal(signal.SIGTERM)
     begun, (_, said) = time.perf_counter(), first.communicate(timeout=60)
-    assert first.returncode == 0 and 'SIGTERM: stopped and saved after' in said, said
+    assert first.returncode == 130 and 'SIGTERM: stopped and saved after' in said, said
     assert time.perf_counter() - begun < 10 and not (tmp_path/'run'/'pipeline').exists()
 
 def test_a_budget_in_minutes(tmp_path):
     "A run that is out of time is validated, saved and drawn from like one that is done"
-    from t2i_nb.cli import main
+    from t2i_nb.__main__ import main
     words = ['train', 'demo', '--run-dir', str(tmp_path), '--set', *SMALL, 'train.n_images=800000', 'train.max_minutes=0.05', 'train.checkpoint_images=400000']
     assert main([*words, 'train.checkpoint_minutes=0.01']) == 0
     rows = read_metrics(tmp_path)
@@ -216,18 +391,18 @@ def test_a_budget_in_minutes(tmp_path):
 
 @posix
 def test_a_budget_in_dollars(nursery, tmp_path):
-    "All lives are paid from one budget, what a kill cost is in the bill, and the run ends in time with a whole checkpoint"
+    "All attempts are paid from one budget, what a kill cost is in the log, and the run ends in time with a whole checkpoint"
     dear = [*SMALL, 'train.n_images=800000', 'train.checkpoint_images=80', 'train.validation_images=80', 'train.dollars_per_hour=36000']
     assert nursery.train(tmp_path, [*dear, 'train.max_dollars=9e9'], end_after(tmp_path, 25, signal.SIGKILL))[1] == -signal.SIGKILL
     spent = cost_summary(tmp_path)
-    assert spent['dollars'] > 0 and spent['lives'] == 1
+    assert spent['dollars'] > 0 and spent['attempts'] == 1
     budget = [*dear, f"train.max_dollars={spent['dollars'] + 20}"]
     assert nursery.train(tmp_path, budget)[0] == dict(ended='dollars')
     bill, newest = cost_summary(tmp_path), newest_checkpoint(tmp_path)
-    assert bill['dollars'] > spent['dollars'] and bill['lives'] == 2 and 0 <= bill['images_lost'] <= spent['images']
-    assert newest.name == f"img-{bill['images']:08d}" and json.loads((newest/'state.json').read_text())['cost']['lives'] in (1, 2) # 1 where even the start used it up
+    assert bill['dollars'] > spent['dollars'] and bill['attempts'] == 2 and 0 <= bill['images_lost'] <= spent['images']
+    assert newest.name == f"img-{bill['images']:08d}" and json.loads((newest/'state.json').read_text())['cost']['attempts'] in (1, 2) # 1 where even the start used it up
     assert nursery.train(tmp_path, budget)[0] == dict(ended='dollars') and newest_checkpoint(tmp_path) == newest # nothing is left to spend
-    assert [life['images_from'] % 80 for life in read_cost(tmp_path)['lives'][:2]] == [0, 0]
+    assert [o['images_from'] % 80 for o in read_cost(tmp_path)['attempts'][:2]] == [0, 0]
 
 @posix
 def test_patience(nursery, tmp_path):
@@ -296,7 +471,7 @@ def test_torchrun_is_asked_to_end(tmp_path):
 
 def test_from_run_to_run(tmp_path):
     "A second run begins with the weights of the first; both are tracked, reported and compared, and a stopped one is drawn with"
-    from t2i_nb.cli import main
+    from t2i_nb.__main__ import main
     short, first, second = [*SMALL, 'train.n_images=48', 'train.validation_images=24', 'sample.num_inference_steps=2'], tmp_path/'first', tmp_path/'second'
     assert main(['train', 'demo', '--run-dir', str(first), '--set', *short]) == 0
     assert main(['train', 'demo', '--run-dir', str(second), '--set', *short, f'train.init_from={first}', 'train.lr=0', 'train.ema_decay=0']) == 0

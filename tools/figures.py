@@ -40,10 +40,10 @@ def samples_over_time(run_dir, out, marks=(1_000, 5_000)):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     from t2i_nb.checkpoint import read_metrics
+    from t2i_nb.evaluation import score_prompts
     from t2i_nb.pipeline import grid_maker, load_pipeline
-    from t2i_nb.run import grid_prompts
     rows = read_metrics(run_dir)
-    grids, draw = early_grids(run_dir, marks, lambda cfg, models: grid_maker(cfg, models, grid_prompts(cfg, 8)))
+    grids, draw = early_grids(run_dir, marks, lambda cfg, models: grid_maker(cfg, models, score_prompts(8, True, purpose='grid')[0]))
     grids[rows[-1]['images_seen']] = draw(load_pipeline(run_dir).unet)
     fig, axes = plt.subplots(1 + len(grids), figsize=(7.4, 2 + 1.1*len(grids)), dpi=100, height_ratios=[2] + [1]*len(grids), layout='constrained')
     for name, style, label in (('loss', dict(color='0.65', lw=1), 'training'), ('validation_loss', dict(color='0', marker='o', ms=4), 'validation')):
