@@ -3,7 +3,8 @@
     python bench/cache.py                     10 thousand and 1 million rows of 256 bytes; two minutes, 0.8 GB of disk at a time
 
 Each way writes the same rows, and each measurement runs in a process of its own, so that memory and start-up are its own. All files are
-in the operating system's cache when they are read. The reference writes are forced onto the disk too. Rows go to bench/results/cache.json."""
+in the operating system's cache when they are read. The reference writes are forced onto the disk too. Times are of the processor, so that
+other work on the machine does not count. Rows go to bench/results/cache.json."""
 import argparse, datetime, json, os, platform, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 root = Path(__file__).resolve().parents[1]
@@ -35,9 +36,9 @@ class Shards:
         from t2i_nb.cache import fill
         whole = columns(0, n) if not extra else None
         make = (lambda at: {k: v[at] for k, v in whole.items()}) if whole else (lambda at: columns(int(at[0]), len(at)))
-        begun = time.perf_counter()
+        begun = time.process_time()
         fill(folder/'shards', keys_of(n + extra), make, batch=256, rows_per_shard=8192) # files of 2 MB
-        return time.perf_counter() - begun
+        return time.process_time() - begun
     def add(self, folder, n): return self.write(folder, n, 1)
     def open(self, folder, keys):
         from t2i_nb.cache import open_rows
@@ -56,18 +57,18 @@ class Single:
     def write(self, folder, n):
         import torch
         rows = {k: torch.from_numpy(v) for k, v in columns(0, n).items()}
-        begun = time.perf_counter()
+        begun = time.process_time()
         self.save(rows, folder/self.name)
         synced(folder/self.name)
-        return time.perf_counter() - begun
+        return time.process_time() - begun
     def add(self, folder, n):
         import torch
-        begun = time.perf_counter()
+        begun = time.process_time()
         rows, one = self.load(folder/self.name), columns(n, 1)
         self.save({k: torch.cat([v, torch.from_numpy(one[k])]) for k, v in rows.items()}, folder/'grown')
         synced(folder/'grown')
         os.replace(folder/'grown', folder/self.name)
-        return time.perf_counter() - begun
+        return time.process_time() - begun
     def open(self, folder, keys): return self.load(folder/self.name)
     def read(self, opened, at): return opened['mean'][at], opened['std'][at]
 
@@ -92,12 +93,12 @@ def one(way, task, folder, n):
     if task != 'read': return dict(seconds=getattr(w, task)(folder, n))
     picks = np.random.default_rng(1).integers(0, n, (1000, 64))
     keys, before = keys_of(n), memory()
-    begun = time.perf_counter()
+    begun = time.process_time()
     opened = w.open(folder, keys)
     first = w.read(opened, picks[0])
-    start_up, begun = time.perf_counter() - begun, time.perf_counter()
+    start_up, begun = time.process_time() - begun, time.process_time()
     for at in picks: w.read(opened, at)
-    seconds, after = time.perf_counter() - begun, memory()
+    seconds, after = time.process_time() - begun, memory()
     assert np.array_equal(np.asarray(first[0]), np.concatenate([columns(int(i), 1)['mean'] for i in picks[0]]))
     return dict(start_up=start_up, rows_per_second=picks.size/seconds, total_mb=after[0] and after[0] - before[0], own_mb=after[1] and after[1] - before[1])
 

@@ -80,22 +80,26 @@ def build(a):
     torch.set_num_threads(a.threads)
     start = time.perf_counter()
     pipe, small = make_pipeline(a)
-    pipe.save_pretrained(a.work/'pipeline'), small.save_pretrained(a.work/'small')
+    pipe.save_pretrained(a.work/'pipeline')
+    small.save_pretrained(a.work/'small')
     facts = dict(unet_parameters=count_parameters(pipe.unet), text_parameters=count_parameters(pipe.text_encoder), gflop_pass=count_flops(pipe.unet, 77)/1e9,
                  decoder_parameters={k: sum(count_parameters(m) for m in (v.decoder, getattr(v, 'post_quant_conv', None)) if m is not None) for k, v in (('sd', pipe.vae), ('small', small))},
                  gflop_decoding={k: v/1e9 for k, v in work_of(dict(sd=(pipe.vae, a.size//8), small=(small, a.size//8))).items()})
     modules, errors = e.graph_modules(pipe, encoder=False), {}
-    for name in modules: e.write_graph(a.work/'sd'/e.graph_file(name), *modules[name]), print('graph', name, round(time.perf_counter() - start), flush=True)
+    for name in modules:
+        e.write_graph(a.work/'sd'/e.graph_file(name), *modules[name])
+        print('graph', name, round(time.perf_counter() - start), flush=True)
     for decoder in DECODERS:
         folder = a.work/decoder if decoder == 'sd' else a.work/'small_onnx'
         if decoder == 'small':
             pipe.vae = small
             for name in ('text_encoder', 'context', 'step'): link(a.work/'sd'/e.graph_file(name), folder/e.graph_file(name))
             e.write_graph(folder/e.graph_file('vae_decoder'), *e.vae_modules(small, torch.export.Dim('batch', min=1, max=4096))['vae_decoder'])
-        e.write_layout(pipe, folder), e.write_reference(pipe, folder, modules['context'][0])
+        e.write_layout(pipe, folder)
+        e.write_reference(pipe, folder, modules['context'][0])
         runtime = e.load_runtime(folder)
-        e.write_manifest(folder, runtime, precision='float32', pipeline='', t2i_nb=version('t2i_nb'), defaults=dict(num_inference_steps=10, guidance_scale=SCALE, sampler='dpmpp_2m'),
-                         latents=e.describe(pipe), tokens=77, reference_prompt=e.REFERENCE, modules={k: dict(file=e.graph_file(k), threshold=1e-4) for k in modules})
+        e.write_manifest(folder, precision='float32', pipeline='', t2i_nb=version('t2i_nb'), defaults=dict(num_inference_steps=10, guidance_scale=SCALE, sampler='dpmpp_2m'),
+                         latents=e.describe_latents(pipe), reference_prompt=e.REFERENCE, modules={k: dict(file=e.graph_file(k), threshold=1e-4) for k in modules})
         answers = runtime.reference_answers(runtime.OnnxPipeline(folder, threads=a.threads, check=False))
         with np.load(folder/'reference.npz') as wanted: errors[decoder] = {k: float(abs(v - wanted[k]).max()) for k, v in answers.items()}
     facts |= dict(max_abs_error=errors, export_seconds=round(time.perf_counter() - start, 1), graphs_mb={p.relative_to(a.work).as_posix(): p.stat().st_size/1e6 for p in sorted(a.work.rglob('*.onnx'))})
@@ -132,15 +136,16 @@ def make_ours(a, decoder, notes):
     sys.path.insert(0, str(folder))
     import generate as g
     pipe = g.OnnxPipeline(folder, threads=a.threads, check=False)
-    ran, asked = pipe.run, g.context
-    pipe.run = lambda name, rows, **how: timed(ran, notes['unet' if name == 'step' else 'vae'])(name, rows, **how)
-    g.context = timed(asked, notes['text'])
+    run, context = pipe.run, g.context
+    pipe.run = lambda name, rows, **how: timed(run, notes['unet' if name == 'step' else 'vae'])(name, rows, **how)
+    g.context = timed(context, notes['text'])
     return lambda q: g.generate(pipe, [PROMPT], [SEED], num_inference_steps=q['steps'], guidance_scale=q['scale'], height=q['size'], width=q['size'])[0]
 
 def make_theirs(a, decoder, notes):
     import diffusers, torch, transformers
     torch.set_num_threads(a.threads)
-    diffusers.utils.logging.disable_progress_bar(), transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     other = {} if decoder == 'sd' else dict(vae=diffusers.AutoencoderTiny.from_pretrained(a.work/'small'))
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(a.work/'pipeline', safety_checker=None, **other)
     pipe.set_progress_bar_config(disable=True)

@@ -9,9 +9,9 @@ Parts, any of which --what selects:
 
 modules     one pass of the text encoder, the UNet and the VAE decoder at batches 1 and 8, with --threads threads
 end_to_end  prompt to image at equal steps and guidance (batches 1 and 4; 64, 128 and 256 pixels), and our cheapest setting against diffusers' 50 steps
-start       from the start of a process to the image on disk, with ours: the exported generate.py in this Python
+start       from the start of a process to the image on disk: the exported generate.py, and plain diffusers
 precisions  the folder exported again with fewer bits: its size, how far its images are from torch's, and how long they take beside float32
-scores      adherence and KID (by the reader's features and by EfficientNet-lite0's) of the candidates for the cheapest setting and of diffusers' 50 steps, on the
+scores      adherence and KID (by the attribute classifier's features and by EfficientNet-lite0's) of the candidates for the cheapest setting and of diffusers' 50 steps, on the
             same prompts and seeds
 
 Each way is a process of its own that loads once and answers questions; the ways take turns, forwards and backwards, and of each question the fastest of
@@ -196,11 +196,11 @@ def score(args):
     from t2i_nb.onnx_runtime import OnnxPipeline, decode, draw_latents
     torch.set_num_threads(args.threads)
     classifier, networks = load_classifier(), dict(kid=load_feature_network('classifier'), kid_photo=load_feature_network('efficientnet-lite0'))
-    drawings, (prompts, asked, seeds) = fresh_drawings(512, False, 1)[1], score_prompts(args.n_scored, False, purpose='cheapest')
+    drawings, (prompts, wanted, seeds) = fresh_drawings(512, False, 1)[1], score_prompts(args.n_scored, False, purpose='cheapest')
     real = {k: network(drawings) for k, network in networks.items()}
-    def judge(x):
+    def measure(x):
         x = x.clamp(-1, 1)
-        read, found = adherence(asked, read_attributes(classifier, x)), {}
+        read, found = adherence(wanted, read_attributes(classifier, x)), {}
         for k, network in networks.items():
             far = kid(network(x), real[k])
             found |= {k: far['mean'], f'{k}_error': far['std_error']}
@@ -209,13 +209,13 @@ def score(args):
     found = []
     for steps, sampler, low, high in CANDIDATES:
         z = [draw_latents(pipe, prompts[p], seeds[p], steps, args.guidance_scale, sampler=sampler, guidance_interval=(low, high)) for p in parts]
-        found.append(dict(setting=[steps, sampler, low, high]) | judge(torch.cat([torch.as_tensor(decode(pipe, o)) for o in z])))
+        found.append(dict(setting=[steps, sampler, low, high]) | measure(torch.cat([torch.as_tensor(decode(pipe, o)) for o in z])))
         print(found[-1], flush=True)
     plain = diffusers.StableDiffusionPipeline.from_pretrained(args.run_dir/'pipeline', safety_checker=None, low_cpu_mem_usage=False)
     plain.set_progress_bar_config(disable=True)
     x = [plain(prompts[p], num_inference_steps=50, guidance_scale=args.guidance_scale, output_type='pt',
                generator=[torch.Generator('cpu').manual_seed(s) for s in seeds[p]]).images for p in parts]
-    theirs = judge(torch.cat(x)*2 - 1)
+    theirs = measure(torch.cat(x)*2 - 1)
     print('diffusers, 50 steps', theirs, flush=True)
     return found, theirs
 
@@ -251,16 +251,23 @@ def precision_rows(args):
                              errors={k: v['max_abs_error'] for k, v in m['modules'].items()}))
     return rows
 
+PLAIN = """import sys, torch, diffusers
+p = diffusers.StableDiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None, low_cpu_mem_usage=False)
+p(sys.argv[3], num_inference_steps=int(sys.argv[4]), guidance_scale=float(sys.argv[5]), generator=torch.Generator('cpu').manual_seed(0)).images[0].save(sys.argv[2])"""
+
 def start_row(args):
-    "Process start to image on disk"
-    out, times = args.out.parent/'.start.png', []
+    "Process start to image on disk, ours and plain diffusers in turns"
+    out, ours, theirs = args.out.parent/'.start.png', [], []
+    how = json.loads((args.onnx/'manifest.json').read_text())['defaults']
+    plain = ['-c', PLAIN, args.run_dir/'pipeline', out, PROMPT, how['num_inference_steps'], how['guidance_scale']]
     for _ in range(args.repetitions):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, args.onnx/'generate.py', PROMPT, '--out', out], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
+        for words, times in (([args.onnx/'generate.py', PROMPT, '--out', out], ours), (plain, theirs)):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *map(str, words)], check=True, capture_output=True)
+            times.append(time.perf_counter() - start)
     out.unlink()
-    return dict(name='start_to_image', part='start_to_image', ours=min(times), theirs=2., ratio=2/min(times), unit='s', better='lower', target=1, against='a limit of 2 s',
-                note='theirs is the limit that was set, no measurement')
+    return dict(name='start_to_image', part='start_to_image', ours=min(ours), theirs=min(theirs), ratio=min(theirs)/min(ours), unit='s', better='lower',
+                against='plain diffusers in a process of its own')
 
 def main():
     args = parse()

@@ -153,10 +153,10 @@ def make_part(part, folder):
     "Models, images for the script, and our cache, timed; prints JSON"
     import torch
     from safetensors.torch import save_file
-    from t2i_nb.run import hush
+    from t2i_nb.run import quiet_loading
     from t2i_nb.sources import load_dataset
     from t2i_nb.recipe import load_components, prepare_data
-    hush()
+    quiet_loading()
     facts, cfg = make_models(part, folder), recipe(part, folder, 16)
     (folder/'images').mkdir(exist_ok=True)
     dataset = load_dataset(cfg.data)
@@ -173,10 +173,10 @@ def make_part(part, folder):
 
 def run_ours(part, folder, batch, warm, measured):
     "Seconds between two marks of `t2i_nb.train.train`"
-    from t2i_nb.run import hush
+    from t2i_nb.run import quiet_loading
     from t2i_nb.recipe import load_components, prepare_data
     from t2i_nb.train import train_steps
-    hush()
+    quiet_loading()
     cfg = recipe(part, folder, batch)
     models = load_components(cfg)
     data = prepare_data(cfg, models, 'train', folder/'cache')

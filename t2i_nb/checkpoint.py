@@ -89,11 +89,8 @@ def checkpoint_folders(run_dir:Path)->list[Path]:
     return sorted((p for p in folders if p.name[4:].isdigit()), key=lambda p: int(p.name[4:]))
 
 # %% ../nbs/03d_checkpoint.ipynb #9a8f1509
-def newest_checkpoint(
-    run_dir:Path,           # the run
-    warn=lambda text: None  # receives a sentence about each damaged one
-):                          # Path, or None
-    "The newest checkpoint whose digests are right"
+def newest_checkpoint(run_dir:Path, warn=lambda text: None): # Path, or None
+    "The newest checkpoint whose digests are right; `warn` receives a sentence about each damaged one"
     for folder in reversed(checkpoint_folders(run_dir)):
         if is_valid(folder): return folder
         warn(f'{folder.name} is damaged and is skipped')
@@ -107,12 +104,8 @@ def _new_keys(o):
     return {OLD_KEYS.get(k, k): _new_keys(v) for k, v in o.items()} if isinstance(o, dict) else o
 
 # %% ../nbs/03d_checkpoint.ipynb #cdb9faf7
-def load_checkpoint(
-    folder:Path, # a checkpoint
-    engine,      # where weights and moments go
-    ema:dict     # EMA of the parameters by name, changed in place
-)->dict:         # the counters
-    "Put a checkpoint back where it came from"
+def load_checkpoint(folder:Path, engine, ema:dict)->dict:
+    "Put a checkpoint back into `engine` and `ema`, and return its counters"
     unet, moments, saved = (safetensors_torch.load_file(folder/f'{k}.safetensors') for k in ('unet', 'optimizer', 'ema'))
     engine.restore(unet, moments)
     for k, v in saved.items(): ema[k].copy_(v)
@@ -149,10 +142,8 @@ def rewind_metrics(run_dir:Path, images_seen:int):
 WEIGHTS = ('pipeline/unet/diffusion_pytorch_model.safetensors', 'unet/diffusion_pytorch_model.safetensors',
            'diffusion_pytorch_model.safetensors', 'ema.safetensors')
 
-def find_weights(
-    path:str # a run, a checkpoint, a diffusers folder, or a file
-)->Path:     # safetensors file
-    "The UNet's weights in a folder"
+def find_weights(path:str)->Path:
+    "The UNet's safetensors file in a run, a checkpoint or a diffusers folder"
     path = Path(path)
     if path.is_file(): return path
     for name in WEIGHTS:
@@ -162,12 +153,8 @@ def find_weights(
     raise InputError(f"train.init_from {path} holds no UNet; name a run, a checkpoint or a diffusers folder")
 
 # %% ../nbs/03d_checkpoint.ipynb #37e93d96
-def warm_start(
-    unet,                   # changed in place
-    path:str,               # as for `find_weights`
-    log=lambda text: None   # receives a sentence about what was copied
-):
-    "Begin with weights that were trained before"
+def warm_start(unet, path:str, log=lambda text: None):
+    "Copy weights that were trained before, as `find_weights` finds them, into `unet`; `log` receives what was copied"
     try: there = safetensors_torch.load_file(find_weights(path))
     except SafetensorError: raise InputError(f"train.init_from {path} is no safetensors file; use another") from None
     ours = dict(unet.named_parameters())
@@ -228,13 +215,8 @@ class CostLog:
         return _totals([*self.earlier, o])
 
 # %% ../nbs/03d_checkpoint.ipynb #254c6e2a
-def open_cost_log(
-    run_dir:Path,           # the run
-    dollars_per_hour:float, # of all machines together; 0 where it is not known
-    images_seen:int,        # where this attempt begins
-    totals:dict=None        # of the checkpoint that it begins with
-)->CostLog:
-    "Begin a new attempt in the cost log"
+def open_cost_log(run_dir:Path, dollars_per_hour:float, images_seen:int, totals:dict=None)->CostLog:
+    "Begin a new attempt at `images_seen`, where the checkpoint remembers `totals`; the price is that of all machines"
     before, known, t = _seconds_before(), read_cost(run_dir), totals or {}
     earlier = known.get('attempts', [])
     if not earlier and t: # the file is lost, or the checkpoint comes from elsewhere

@@ -214,9 +214,8 @@ def load_classifier(
     if not (folder/'model.safetensors').is_file():
         raise InputError(f"there is no classifier in {folder}; give a folder that make_classifier wrote")
     classifier = build_classifier(from_dict(ClassifierConfig, json.loads((folder/'config.json').read_text())))
-    counters = {k: v for k, v in classifier.state_dict().items() if not v.is_floating_point()} # BatchNorm's, unused here
-    weights = safetensors.load_file(folder/'model.safetensors')
-    classifier.load_state_dict(counters | {k: v.float() for k, v in weights.items()})
+    weights = {k: v.float() for k, v in safetensors.load_file(folder/'model.safetensors').items()}
+    classifier.load_state_dict(classifier.state_dict() | weights) # BatchNorm's counters are not stored
     return classifier.eval().requires_grad_(False)
 
 # %% ../nbs/08_classifier.ipynb #af7585c0

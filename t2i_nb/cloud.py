@@ -60,7 +60,7 @@ def launch(
     if not cfg.data.source: raise InputError("data.source is empty; name your images with --set data.source=FOLDER")
     done = launch_job(cfg, how, dry_run, out, tell)
     if dry_run: return yaml.safe_dump(done, sort_keys=False, allow_unicode=True, width=120).rstrip()
-    tell(f"{done['job']} is launched, {done['sent']['files']} files were sent; {out} says what was asked for")
+    tell(f"{done['job']} is launched, {done['sent']['files']} files were sent; {out} has the request")
     if detach: return {'job': done['job'], 'next': f"t2i launch --attach {done['job']} --region {done['region']}"}
     return _watch(done['job'], done['region'])
 
@@ -88,6 +88,17 @@ def calibrate(
     return {'GPU': gpu, 'achieved of what it can use': f"{noted['mfu']:.0%}",
             'images a second': noted['images_per_second'], 'file': calibration_file()}
 
+# %% ../nbs/09d_cloud.ipynb #b86b6259
+def _drill(cfg, folder, out, interruptions, nodes, steps, price):
+    "Run a drill in `folder`, or in one that is deleted, and write its report"
+    with tempfile.TemporaryDirectory(prefix='t2i-drill-') as temporary:
+        where = Path(folder or Path(temporary)/'drill')
+        check_drill(cfg, where, interruptions, nodes, steps)
+        make_folder(out)
+        report = run_drill(cfg, where, interruptions, nodes, steps, price, sum(START.values()), log=tell)
+    Path(out).write_text(json.dumps(report, indent=1) + '\n')
+    return report
+
 # %% ../nbs/09d_cloud.ipynb #9870ea64
 @command('drill', 't2i drill demo', 't2i drill demo --nodes 2 1 2 --interruptions 2 --out elastic.json',
          't2i drill flowers128 --folder runs/drill --set data.source=photos unet.width=32 train.global_batch=8',
@@ -103,13 +114,8 @@ def drill(
     set:Overrides=None      # changes to the recipe, e.g. train.zero_stage=2
 )->str:                     # the timeline
     "Interrupt a run as a spot market does, and count what that costs"
-    cfg, nodes, price = read_recipe(recipe, set), nodes or [2], find_instance(instance_type).dollars*EXPECTED.spot
-    with tempfile.TemporaryDirectory(prefix='t2i-drill-') as temporary:
-        where = Path(folder or Path(temporary)/'drill')
-        check_drill(cfg, where, interruptions, nodes, steps)
-        make_folder(out)
-        report = run_drill(cfg, where, interruptions, nodes, steps, price, sum(START.values()), log=tell)
-    Path(out).write_text(json.dumps(report, indent=1) + '\n')
+    cfg, price = read_recipe(recipe, set), find_instance(instance_type).dollars*EXPECTED.spot
+    report = _drill(cfg, folder, out, interruptions, nodes or [2], steps, price)
     return '\n'.join([*timeline(report), f'report: {out}'])
 
 # %% ../nbs/09d_cloud.ipynb #8459f3b4
@@ -122,14 +128,14 @@ def promote(
     name:str=None,         # of the registered model; t2i-SOURCE of the candidate's images if not given
     metric:str=None,       # adherence (toy flowers), kid or loss; what suits the data if not given
     n_images:int=256,      # images that candidate and champion are compared on
-    data:str=None,         # photographs: folder or parquet file to compare with; the recipe's validation split if not given
+    data:str=None,         # photographs: folder or parquet file to compare with; validation split if not given
     classifier:str='shipped',  # adherence: 'shipped', or module:function of your own
-    features:str=None      # KID's network: classifier, efficientnet-lite0 or module:function; what suits the data if not given
+    features:str=None      # KID's network: classifier, efficientnet-lite0 or module:function; by the data if not given
 )->dict:                   # version, champion and the reason
     "Register a model in MLflow, and make it the champion if it is better"
     if len(candidate) > 1: raise InputError(f"there are {len(candidate)} candidates; promote one at a time")
     def log(text):
-        quiet_loading() # it loads models after it has said something
+        quiet_loading() # it loads models after the first sentence
         tell(text)
     promoted = promote_model(''.join(candidate), best or '', name or '', metric or '', n_images, data or '', classifier,
                              features or '', log=log)

@@ -80,7 +80,7 @@ def demo(
     if run.cfg.data.source != 'toy_flowers': raise InputError('demo scores toy flowers; train others with t2i train')
     if this_rank().world > 1: raise InputError('demo is one process; share t2i train among several')
     check_least('sample.n_images', run.cfg.sample.n_images, 3)
-    with _timed(seconds, 'cache'): run.prepare()
+    with _timed(seconds, 'cache'): run.encode()
     with _timed(seconds, 'train'): run.train()
     with _timed(seconds, 'sample'): _draw_grid(run, run.dir/'grid.png')
     with _timed(seconds, 'evaluate'): result = run.evaluate(tell)
@@ -192,7 +192,7 @@ def _drawing_options(size, guidance_interval, guidance_rescale):
         try: low, high = map(float, guidance_interval.split(','))
         except ValueError: low, high = 1, 0
         if not 0 <= low <= high <= 1:
-            raise InputError(f"--guidance-interval is '{guidance_interval}'; write two noise levels LOW,HIGH from 0 to 1")
+            raise InputError(f"--guidance-interval is '{guidance_interval}'; write two noise levels LOW,HIGH in [0, 1]")
         out['guidance_interval'] = (low, high)
     if guidance_rescale is not None:
         if not 0 <= guidance_rescale <= 1: raise InputError(f"--guidance-rescale is {guidance_rescale:g}; use 0 to 1")
@@ -231,7 +231,7 @@ def _check_backend(backend, run_dir, start_level):
     "Refuse what the exported graphs cannot do; needs no torch"
     if backend not in ('torch', 'onnx'): raise InputError(f"there is no backend '{backend}'; use torch or onnx")
     if backend == 'torch': return
-    if start_level is not None: raise InputError('the backend onnx starts from noise alone; use torch with --start-level')
+    if start_level is not None: raise InputError('backend onnx starts from noise alone; use torch with --start-level')
     find_exported(run_dir)
 
 # %% ../nbs/09b_commands.ipynb #3a6eb769
@@ -241,7 +241,8 @@ def _wanted(prompt, prompts, seed, per_prompt, negative_prompt, out):
         images, out = read_prompts(prompts, per_prompt, seed), Path(out or Path(prompts).stem)
         if out.exists() and not out.is_dir(): raise InputError(f"--out {out} is a file; with --prompts name a folder")
     else:
-        images, out = [dict(prompt=p, seed=seed + i, negative_prompt='') for i, p in enumerate(prompt)], Path(out or 'grid.png')
+        images = [dict(prompt=p, seed=seed + i, negative_prompt='') for i, p in enumerate(prompt)]
+        out = Path(out or 'grid.png')
         if out.suffix.lower() not in IMAGE_SUFFIXES: raise InputError(f"--out {out} is no image; end it in .png")
     return [p | dict(negative_prompt=p['negative_prompt'] or negative_prompt or '') for p in images], out
 
@@ -337,7 +338,7 @@ def evaluate(
     sampler:str=None,             # dpmpp_2m, euler, heun, ddim, unipc, euler_a or ddpm; the recipe's if not given
     num_inference_steps:int=None, # denoising steps; the recipe's if not given
     classifier:str='shipped',     # toy flowers: 'shipped', or module:function of your own
-    features:str=None,            # KID's network: classifier, efficientnet-lite0 or module:function; what suits the data if not given
+    features:str=None,            # KID's network: classifier, efficientnet-lite0 or module:function
     data:str=None,                # photographs: folder or parquet file to compare with; validation split if not given
     n_open:int=None,              # toy flowers: images for what prompts leave open; 0 leaves it out
     n_training:int=1024,          # training images searched for copies; 0 leaves it out

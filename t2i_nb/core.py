@@ -25,7 +25,7 @@ import warnings
 import yaml
 from pathlib import Path
 
-# %% ../nbs/00_core.ipynb #2ab814c7
+# %% ../nbs/00_core.ipynb #0bc5f307
 def to_pil(images)->list:
     "PIL images of a tensor (b, 3, h, w) in [-1, 1], or of PIL images"
     if not hasattr(images, 'detach'): return list(images)
@@ -53,7 +53,7 @@ def show_images(
     fig.tight_layout(pad=.3)
     return axes
 
-# %% ../nbs/00_core.ipynb #5995662f
+# %% ../nbs/00_core.ipynb #ab5893d5
 def image_grid(
     images,     # PIL images of one size, or a tensor (b, 3, h, w) in [-1, 1]
     cols:int=8, # images in a row
@@ -109,7 +109,7 @@ def check_least(option:str, value:int, least:int=1):
     "Refuse the number of an option that is too small to work with"
     if value < least: raise InputError(f"{option} is {value}; use {least} or more")
 
-# %% ../nbs/00_core.ipynb #45cd4b4c
+# %% ../nbs/00_core.ipynb #0af7de83
 def make_folder(out):
     "Make the folder of the file `out`"
     out = Path(out)
@@ -138,7 +138,7 @@ def read_yaml(text:str, where): # plain values
     try: return yaml.safe_load(text)
     except yaml.YAMLError as e: raise InputError(f"{where} is not valid YAML: {' '.join(str(e).split())}") from None
 
-# %% ../nbs/00_core.ipynb #66426c7c
+# %% ../nbs/00_core.ipynb #cd91c41a
 def whole(value):
     "A whole number: '1e6' is one; 1.5 and True raise ValueError"
     try: return int(str(value)) # not through float, which rounds beyond 2**53
@@ -146,7 +146,7 @@ def whole(value):
     if not number.is_integer(): raise ValueError
     return int(number)
 
-# %% ../nbs/00_core.ipynb #d664664b
+# %% ../nbs/00_core.ipynb #f66f0543
 def _read_exponents(value):
     "The same plain value with floats for strings such as '1e-6': inside a dict no field gives the type"
     if isinstance(value, dict): return {k: _read_exponents(v) for k, v in value.items()}
@@ -239,7 +239,7 @@ def load_config(
     except UnicodeDecodeError: raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     return from_dict(cls, read_yaml(text, path) or {})
 
-# %% ../nbs/00_core.ipynb #e2472a57
+# %% ../nbs/00_core.ipynb #19274a6f
 def save_config(
     cfg,  # a configuration dataclass
     path  # YAML file to write
@@ -252,12 +252,12 @@ def package_dir()->Path: # folder of the installed package
     "Where the recipes and the shipped weights lie"
     return Path(importlib.util.find_spec('t2i_nb').origin).parent
 
-# %% ../nbs/00_core.ipynb #c69189c2
+# %% ../nbs/00_core.ipynb #b4836a54
 def pretrained_dir()->Path: # folder with `vae`, `text_encoder`, `tokenizer` and `classifier`
     "The tiny weights that the package ships"
     return package_dir()/'pretrained'
 
-# %% ../nbs/00_core.ipynb #5c07a920
+# %% ../nbs/00_core.ipynb #662a8265
 def find_recipe(name:str)->Path:
     "The YAML file of a recipe, by its name or path"
     if Path(name).suffix in ('.yaml', '.yml'):
@@ -278,12 +278,12 @@ def keyed_seed(
     digest = hashlib.blake2b(f'{seed}|{purpose}|{index}'.encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'big') >> 1
 
-# %% ../nbs/00_core.ipynb #cf325909
+# %% ../nbs/00_core.ipynb #1157def4
 def keyed_rng(seed:int, purpose:str, index:int=0)->random.Random:
     "Python's generator for one purpose and one sample"
     return random.Random(keyed_seed(seed, purpose, index))
 
-# %% ../nbs/00_core.ipynb #72685da2
+# %% ../nbs/00_core.ipynb #0c455160
 def keyed_generator(seed:int, purpose:str, index:int=0): # torch.Generator on the CPU
     "torch's generator for one purpose and one sample; on the CPU torch keeps the low 32 bits of the seed"
     return torch.Generator('cpu').manual_seed(keyed_seed(seed, purpose, index))
@@ -308,12 +308,12 @@ def only_writer(out:Path, instead:str='name another file'):
     try: yield
     finally: lock.release()
 
-# %% ../nbs/00_core.ipynb #09e436bf
+# %% ../nbs/00_core.ipynb #616ff424
 def file_digest(path, length:int=64)->str: # so many hexadecimal digits
     "The SHA-256 of a file's content"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:length]
 
-# %% ../nbs/00_core.ipynb #86f55434
+# %% ../nbs/00_core.ipynb #de1623d3
 def weights_digest(*parts)->str: # 16 hexadecimal digits
     "A digest of modules, of bytes, and of settings that print the same when they are the same"
     h = hashlib.blake2b(digest_size=8)
@@ -325,7 +325,7 @@ def weights_digest(*parts)->str: # 16 hexadecimal digits
         else: h.update(p if isinstance(p, bytes) else repr(p).encode())
     return h.hexdigest()
 
-# %% ../nbs/00_core.ipynb #a9769efb
+# %% ../nbs/00_core.ipynb #3cf8d9e8
 @contextlib.contextmanager
 def quiet(*loggers:str, level:int=logging.WARNING):
     "Let the named loggers log nothing below `level`, and Python warn of nothing; '' is the root logger"
@@ -352,15 +352,14 @@ torch, plt = lazy('torch'), lazy('matplotlib.pyplot')
 if typing.TYPE_CHECKING: from torch import Tensor
 else: Tensor = 'torch.Tensor' # a string, because naming the class itself would import torch
 
-# %% ../nbs/00_core.ipynb #d11c9fa1
+# %% ../nbs/00_core.ipynb #cb883480
 def best_device()->str: # 'cuda', 'mps' or 'cpu'
     "The fastest device of this machine"
     if torch.cuda.is_available(): return 'cuda'
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
-# %% ../nbs/00_core.ipynb #b8732840
+# %% ../nbs/00_core.ipynb #dc64157e
 def out_of_memory(error:Exception)->bool:
     "Did a step fail for lack of memory?"
-    words = ('out of memory', "can't allocate memory", 'could not create a primitive') # a GPU's, a CPU's, oneDNN's
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)): return True
-    return isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    words = ("can't allocate memory", 'could not create a primitive') # torch's on a CPU, and oneDNN's
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)

@@ -157,8 +157,8 @@ class TorchEngine:
     ):
         self.cfg, self.unet, self.ranks, self.dtype = cfg, unet, ranks, dtype or torch.float32
         self.device = next(unet.parameters()).device
-        self.optimizer = torch.optim.AdamW(unet.parameters(), lr=cfg.lr, betas=cfg.betas, fused=self.device.type != 'mps',
-                                           weight_decay=cfg.weight_decay)
+        self.optimizer = torch.optim.AdamW(unet.parameters(), lr=cfg.lr, betas=cfg.betas,
+                                           weight_decay=cfg.weight_decay, fused=self.device.type != 'mps')
         self.loss_scale = LossScale(65536. if dtype == torch.float16 else 1.)
         n = cfg.global_batch//ranks.world
         self.workers = min(n//(cfg.micro_batch or n), torch.get_num_threads()) if self.device.type == 'cpu' else 1
@@ -286,8 +286,34 @@ def _import_deepspeed(device:str):
         warnings.filterwarnings('ignore', category=FutureWarning, module='torch.distributed') # its use of torch
         yield
 
+# %% ../nbs/03c_engine.ipynb #c4df91f7
+class _ZeroState(TorchEngine):
+    "What of a ZeRO optimiser is saved and restored"
+    def moments(self)->dict:
+        "As `TorchEngine.moments`: every rank takes part, rank 0 gets the tensors"
+        if not self.optimizer.state: return {}
+        step, out = next(iter(self.optimizer.state.values()))['step'], {}
+        for k, p in self.unet.named_parameters():
+            whole = {s: deepspeed.utils.safe_get_full_optimizer_state(p, s) for s in ('exp_avg', 'exp_avg_sq')}
+            if self.ranks.is_main:
+                out |= {f'{k}/step': step.reshape(1).clone(), **{f'{k}/{s}': v.cpu() for s, v in whole.items()}}
+        return out
+    def restore(self, weights:dict, moments:dict):
+        "Put back what either engine saved"
+        if moments:
+            step = next(v for k, v in moments.items() if k.endswith('/step')).reshape(())
+            for flat in self.zero.single_partition_of_fp32_groups:
+                self.optimizer.state[flat] = dict(step=step.clone(), exp_avg=torch.zeros_like(flat),
+                                                  exp_avg_sq=torch.zeros_like(flat))
+            self.zero._lazy_init_hp_params_optimizer_state() # for safe_set_* before a step; nothing public does it
+        for k, p in self.unet.named_parameters():
+            p.data.copy_(weights[k])
+            deepspeed.utils.safe_set_full_fp32_param(p, weights[k].to(self.device))
+            for s in ('exp_avg', 'exp_avg_sq') if moments else ():
+                deepspeed.utils.safe_set_full_optimizer_state(p, moments[f'{k}/{s}'].to(self.device), s)
+
 # %% ../nbs/03c_engine.ipynb #0cc225c0
-class ZeroEngine(TorchEngine):
+class ZeroEngine(_ZeroState):
     "DeepSpeed: each rank holds a part of the moments, and at stage 2 of the gradients"
     def __init__(self, cfg:EngineConfig, unet, dtype, ranks:Ranks):
         super().__init__(cfg, unet, dtype, ranks)
@@ -315,34 +341,6 @@ class ZeroEngine(TorchEngine):
     def close(self):
         "Give back what DeepSpeed holds"
         self.engine.destroy()
-
-# %% ../nbs/03c_engine.ipynb #57ba2193
-@patch
-def moments(self:ZeroEngine)->dict:
-    "As `TorchEngine.moments`: every rank takes part, rank 0 gets the tensors"
-    if not self.optimizer.state: return {}
-    step, out = next(iter(self.optimizer.state.values()))['step'], {}
-    for k, p in self.unet.named_parameters():
-        whole = {s: deepspeed.utils.safe_get_full_optimizer_state(p, s) for s in ('exp_avg', 'exp_avg_sq')}
-        if self.ranks.is_main:
-            out |= {f'{k}/step': step.reshape(1).clone(), **{f'{k}/{s}': v.cpu() for s, v in whole.items()}}
-    return out
-
-# %% ../nbs/03c_engine.ipynb #4c2c4d06
-@patch
-def restore(self:ZeroEngine, weights:dict, moments:dict):
-    "Put back what either engine saved"
-    if moments:
-        step = next(v for k, v in moments.items() if k.endswith('/step')).reshape(())
-        for flat in self.zero.single_partition_of_fp32_groups:
-            self.optimizer.state[flat] = dict(step=step.clone(), exp_avg=torch.zeros_like(flat),
-                                              exp_avg_sq=torch.zeros_like(flat))
-        self.zero._lazy_init_hp_params_optimizer_state() # safe_set_* needs it before the first step; nothing public does it
-    for k, p in self.unet.named_parameters():
-        p.data.copy_(weights[k])
-        deepspeed.utils.safe_set_full_fp32_param(p, weights[k].to(self.device))
-        for s in ('exp_avg', 'exp_avg_sq') if moments else ():
-            deepspeed.utils.safe_set_full_optimizer_state(p, moments[f'{k}/{s}'].to(self.device), s)
 
 # %% ../nbs/03c_engine.ipynb #5fea0cce
 def make_engine(

@@ -76,12 +76,12 @@ def score_prompts(
 def find_classifier(
     name:str='shipped' # 'shipped', or 'module:function' from (n, 3, h, w) in [-1, 1] to a list of attributes
 ):                     # what `read_attributes` takes
-    "A classifier by name; the answers of a foreign one are checked"
+    "A classifier by name; answers of your own are checked"
     if name == 'shipped': return load_classifier()
     function = load_function(name)
     def read(pixel_values):
         answers = list(function(pixel_values))
-        if len(answers) != len(pixel_values): raise InputError(f"classifier '{name}' must give one answer for each image")
+        if len(answers) != len(pixel_values): raise InputError(f"classifier '{name}' must answer once for each image")
         for k, known in ATTRIBUTES.items():
             if wrong := [a.get(k) for a in answers if a.get(k) not in known]:
                 raise InputError(f"classifier '{name}' read {k} as {wrong[0]!r}; known are {', '.join(known)}")
@@ -150,12 +150,9 @@ def _leave_one_out(x, y): # features (m, d) and (n, d)
     return within_x + within_y - 2*c/(m*n), no_x, no_y
 
 # %% ../nbs/08b_evaluation.ipynb #2c8fb8b6
-def kid(
-    features_a:Tensor, # (m, d), e.g. of generated images
-    features_b:Tensor  # (n, d), e.g. of real ones
-)->dict:               # mean, its standard error, and the sizes
-    "Kernel inception distance over all images, with its jackknife standard error"
-    whole, no_a, no_b = _leave_one_out(features_a, features_b)
+def kid(generated:Tensor, real:Tensor)->dict: # features (m, d) and (n, d)
+    "Kernel inception distance over all images: mean, jackknife standard error, and sizes"
+    whole, no_a, no_b = _leave_one_out(generated, real)
     m, n = len(no_a), len(no_b)
     error = ((m - 1)**2/m*no_a.var() + (n - 1)**2/n*no_b.var())**.5
     return dict(mean=whole.item(), std_error=error.item(), n=[m, n])
@@ -204,18 +201,13 @@ def load_feature_network(
                      "use classifier, efficientnet-lite0 or module:function")
 
 # %% ../nbs/08b_evaluation.ipynb #46be2d4f
-def nearest_images(
-    generated:Tensor, # (n, ...) pixels or features
-    training:Tensor,  # (m, ...) the same of the training images
-    neighbours:int=50,# of the training images, for the ratio
-    batch:int=256     # generated images at a time
-)->tuple[Tensor, Tensor, Tensor]: # (n,) each: index of the nearest, root mean square difference, ratio
-    "The nearest training image of each generated one, and its distance over the mean of the nearest `neighbours`"
+def nearest_images(generated:Tensor, training:Tensor, neighbours:int=50)->tuple: # pixels or features (n, ...), (m, ...)
+    "Of each generated image the nearest training image: index, root mean square difference, and its ratio (n,)"
     a, b = generated.flatten(1).float(), training.flatten(1).float()
     if a.shape[1] != b.shape[1]:
         shapes = f'{tuple(generated.shape[1:])} and {tuple(training.shape[1:])}'
         raise InputError(f"images of {shapes} cannot be compared; use one size")
-    found = [torch.cdist(o, b).topk(min(neighbours, len(b)), largest=False) for o in a.split(batch)]
+    found = [torch.cdist(o, b).topk(min(neighbours, len(b)), largest=False) for o in a.split(256)]
     values, indices = (torch.cat([f[i] for f in found]) for i in (0, 1)) # (n, k) each
     return indices[:, 0], values[:, 0]/a.shape[1]**.5, values[:, 0]/values.mean(1)
 
@@ -322,12 +314,8 @@ def load_evaluation(
     return from_dict(Evaluation, _renew(json.loads(path.read_text())))
 
 # %% ../nbs/08b_evaluation.ipynb #d698a7e0
-def image_report(
-    generated:Tensor,      # (n, 3, h, w) in [-1, 1]
-    real:Tensor,           # (m, 3, h, w) images of the same kind that were not trained on
-    network:FeatureNetwork=None # what KID looks through; None leaves KID out
-)->dict:                   # fields `kid` and `values` of `Evaluation`
-    "Closeness to real images, and range of values"
+def image_report(generated:Tensor, real:Tensor, network:FeatureNetwork=None)->dict: # (n, 3, h, w) and (m, 3, h, w)
+    "Fields `kid` (unless `network` is None) and `values` of `Evaluation`; `real` was not trained on"
     distance = kid(network(generated), network(real)) if network else {}
     if network: distance |= dict(network=network.name, resolution=network.resolution)
     values = dict(clipped=clipped_share(generated), clipped_in_data=clipped_share(real),

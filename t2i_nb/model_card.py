@@ -53,9 +53,10 @@ def _what_it_is(cfg, folder): # the recipe, the pipeline
     "The model in two sentences"
     def size(part): return f'{stored_parameters(folder/part)/1e6:.3g} million parameters'
     space = f"latents of the VAE `{last_name(cfg.vae.name)}` ({size('vae')})" if cfg.vae.name else 'pixels'
-    return (f"A text-to-image diffusion model for images of {cfg.data.size} x {cfg.data.size} pixels. A UNet with "
-            f"{size('unet')} works on {space} and was trained to predict {_TARGETS[cfg.objective.prediction_type]}; it is "
-            f"conditioned on the frozen text encoder `{last_name(cfg.text.encoder)}` ({size('text_encoder')}).")
+    n, target = cfg.data.size, _TARGETS[cfg.objective.prediction_type]
+    return (f"A text-to-image diffusion model for images of {n} x {n} pixels. A UNet with {size('unet')} works on "
+            f"{space} and was trained to predict {target}; it is conditioned on the frozen "
+            f"text encoder `{last_name(cfg.text.encoder)}` ({size('text_encoder')}).")
 
 # %% ../nbs/08c_model_card.ipynb #040dae79
 _LOADS = dict(StableDiffusionPipeline='''

@@ -34,12 +34,6 @@ from .onnx_runtime import DrawingCancelled, OnnxPipeline, Refused, decode, gener
 np, torch, diffusers = lazy('numpy'), lazy('torch'), lazy('diffusers')
 onnx = lazy('onnx')
 
-# %% ../nbs/07_onnx.ipynb #fc616a16
-def _attend(q, k, v, heads):
-    "Attention as onnxruntime's operator; `k` and `v` may be (b, heads, m, dim/heads)"
-    return torch.onnx.ops.symbolic('com.microsoft::MultiHeadAttention', (q, k, v), dict(num_heads=heads),
-                                   dtype=q.dtype, shape=q.shape, version=1)
-
 # %% ../nbs/07_onnx.ipynb #d60a2aa2
 class FusedAttention:
     "An attention processor for export; keys and values of the text are set as `text` beforehand"
@@ -49,7 +43,9 @@ class FusedAttention:
             weight = torch.cat([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight])
             q, k, v = torch.nn.functional.linear(hidden_states, weight).chunk(3, -1)
         else: q, (k, v) = attn.to_q(hidden_states), self.text
-        return attn.to_out[0](_attend(q, k, v, attn.heads))
+        node = torch.onnx.ops.symbolic('com.microsoft::MultiHeadAttention', (q, k, v), dict(num_heads=attn.heads),
+                                       dtype=q.dtype, shape=q.shape, version=1)
+        return attn.to_out[0](node)
 
 # %% ../nbs/07_onnx.ipynb #7c287f46
 def _resnets(unet): return [m for m in unet.modules() if isinstance(m, diffusers.models.resnet.ResnetBlock2D)]
@@ -57,6 +53,12 @@ def _resnets(unet): return [m for m in unet.modules() if isinstance(m, diffusers
 def _cross_attentions(unet):
     "Name of the processor to the cross-attention layer; the order is that of the graph's inputs"
     return {n: unet.get_submodule(n.rsplit('.', 1)[0]) for n in unet.attn_processors if '.attn2.' in n}
+
+def _as_module(forward, *parts):
+    "A function as a module whose weights are those of `parts`"
+    module = torch.nn.Module()
+    module.parts, module.forward = torch.nn.ModuleList(parts), forward
+    return module
 
 # %% ../nbs/07_onnx.ipynb #ff929c04
 def check_unet(unet):
@@ -71,13 +73,6 @@ def check_unet(unet):
     options = ', '.join(f'{k}={v}' for k, v in odd.items())
     if odd: raise InputError(f"the export does not know {options} of this denoiser; sample it with torch")
 
-# %% ../nbs/07_onnx.ipynb #07ad0021
-def _as_module(forward, *parts):
-    "A function as a module whose weights are those of `parts`"
-    module = torch.nn.Module()
-    module.parts, module.forward = torch.nn.ModuleList(parts), forward
-    return module
-
 # %% ../nbs/07_onnx.ipynb #c787de41
 def _modulation(proj, norm, emb, scaled):
     "What the time does to a ResNet block, with the norm's own scale and shift folded in"
@@ -86,7 +81,7 @@ def _modulation(proj, norm, emb, scaled):
     return torch.cat([norm.weight*(1 + scale) - 1, norm.bias*(1 + scale) + shift], -1)
 
 # %% ../nbs/07_onnx.ipynb #07ad0003
-def unet_context(unet): # nn.Module: timesteps (n,), embeddings (b, tokens, dim) -> lists of (n, b, c), (b, heads, tokens, d)
+def unet_context(unet): # nn.Module: timesteps (n,), embeddings (b, tokens, dim) -> mods (n, b, c), keys and values
     "What prompt and timesteps contribute to every layer"
     blocks, layers = _resnets(unet), list(_cross_attentions(unet).values())
     scaled = unet.config.resnet_time_scale_shift == 'scale_shift'
@@ -103,14 +98,12 @@ def unet_context(unet): # nn.Module: timesteps (n,), embeddings (b, tokens, dim)
     parts = [unet.time_proj, unet.time_embedding, *sum(used, [])]
     return _as_module(context, *parts, *([] if add_embedding is None else [add_embedding]))
 
-# %% ../nbs/07_onnx.ipynb #7eecb13a
+# %% ../nbs/07_onnx.ipynb #b448e70d
 def _stand_in():
     "A module that returns its `value`"
-    class StandIn(torch.nn.Module):
-        def forward(self, *args): return self.value
-    return StandIn()
+    module = _as_module(lambda *args: module.value)
+    return module
 
-# %% ../nbs/07_onnx.ipynb #b448e70d
 def unet_step(unet): # nn.Module: latents (b, c, h, w) and what `unet_context` returns for one timestep -> prediction
     "The denoiser without what `unet_context` does; `unet` is changed"
     blocks, processors = _resnets(unet), {n: FusedAttention() for n in unet.attn_processors}
@@ -127,12 +120,11 @@ def unet_step(unet): # nn.Module: latents (b, c, h, w) and what `unet_context` r
         return unet(sample, 0., sample[:, :1, :1, 0], return_dict=False)[0]
     return _as_module(step, unet)
 
-# %% ../nbs/07_onnx.ipynb #cf4faaf2
-def unet_multiple(unet)->int: # 2^(levels - 1)
-    "Latents must be a multiple of it along each side"
+# %% ../nbs/07_onnx.ipynb #07ad0005
+def unet_multiple(unet)->int: # latents must be a multiple of it along each side
+    "2 to the power of the levels less one"
     return 2**(len(unet.config.down_block_types) - 1)
 
-# %% ../nbs/07_onnx.ipynb #07ad0005
 def _free_sizes(name, multiple):
     "Two free axes of the graph, multiples of `multiple`"
     def axis(side): # a multiple of 1 is not accepted
@@ -141,16 +133,13 @@ def _free_sizes(name, multiple):
     return axis(f'{name}height'), axis(f'{name}width')
 
 # %% ../nbs/07_onnx.ipynb #19b7932b
-def graph_modules(
-    pipeline,         # StableDiffusionPipeline or TextToImagePipeline, on the CPU in fp32
-    encoder:bool=True # the VAE's encoder too, which drawing does not need
-)->dict:              # name to (module, inputs, names of inputs, names of outputs, free axes)
-    "All modules to export, with inputs to trace them"
+def graph_modules(pipeline, encoder:bool=True)->dict: # name to (module, inputs, their names, outputs' names, free axes)
+    "All modules to export, with inputs to trace them; `pipeline` is on the CPU in fp32"
     B, N, T = (torch.export.Dim(name, min=1, max=4096) for name in ('batch', 'tokens', 'steps'))
     m, c = unet_multiple(pipeline.unet), pipeline.unet.config
     H, W = _free_sizes('', m)
     x, embeddings = torch.ones(2, c.in_channels, 4*m, 6*m), torch.ones(2, 5, c.cross_attention_dim)
-    t, context, step = torch.tensor([7., 500., 900.]), unet_context(pipeline.unet), unet_step(copy.deepcopy(pipeline.unet))
+    context, step, t = unet_context(pipeline.unet), unet_step(copy.deepcopy(pipeline.unet)), torch.tensor([7., 9., 90.])
     with torch.no_grad(): mods, kvs = context(t, embeddings)
     mod_names, kv_names = [f'mod{i}' for i in range(len(mods))], [f'kv{i}' for i in range(len(kvs))]
     found = dict(
@@ -188,8 +177,8 @@ def vae_modules(vae, B)->dict: # as in `graph_modules`
 # %% ../nbs/07_onnx.ipynb #09fc6122
 def _quiet_export():
     "Keep the exporter's comments off the terminal; failures are exceptions"
-    exporter = 'torch.onnx._internal.exporter'
-    return quiet('', 'torch.onnx', exporter, f'{exporter}._registration', 'onnxscript', level=logging.ERROR)
+    names = [f'torch.onnx{o}' for o in ('', '._internal.exporter', '._internal.exporter._registration')]
+    return quiet('', *names, 'onnxscript', level=logging.ERROR)
 
 def graph_file(name:str)->str: # path in the exported folder
     "Where the graph of a module lies"
@@ -280,14 +269,13 @@ def write_layout(pipeline, folder:Path):
     pipeline.tokenizer.save_pretrained(folder/'tokenizer')
     _write_vocabulary(folder/'tokenizer')
     pipeline.scheduler.save_pretrained(folder/'scheduler')
-    parts = dict(text_encoder='ORTTextEncoder', unet='ORTUnet', vae_decoder='ORTVaeDecoder', vae_encoder='ORTVaeEncoder')
-    parts = {k: v for k, v in parts.items() if (folder/k).is_dir()}
+    names = dict(text_encoder='TextEncoder', unet='Unet', vae_decoder='VaeDecoder', vae_encoder='VaeEncoder')
+    parts = {k: f'ORT{v}' for k, v in names.items() if (folder/k).is_dir()}
     for name in parts:
         config = (pipeline.vae if name.startswith('vae') else getattr(pipeline, name)).config
         found = config.to_dict() if hasattr(config, 'to_dict') else dict(config)
         (folder/name/'config.json').write_text(json.dumps(found, indent=1, default=str) + '\n', encoding='utf-8')
-    index = json.dumps(_model_index(pipeline, parts), indent=1)
-    (folder/'model_index.json').write_text(index + '\n', encoding='utf-8')
+    (folder/'model_index.json').write_text(json.dumps(_model_index(pipeline, parts), indent=1) + '\n', encoding='utf-8')
     shutil.copyfile(package_dir()/'onnx_runtime.py', folder/'generate.py')
 
 # %% ../nbs/07_onnx.ipynb #b629b56c
@@ -311,7 +299,8 @@ def probes(pipeline, name:str, size, batch:int)->tuple: # inputs of the module; 
         return tuple(found.values())[:2 if getattr(pipeline.text_encoder.config, 'use_attention_mask', False) else 1]
     if name == 'vae_encoder': return (rand(batch, 3, 2*f*h, 2*f*w).tanh(),)
     if name == 'vae_decoder': return (rand(batch, c.in_channels, 2*h, 2*w),)
-    embeddings, t = rand(batch, pipeline.tokenizer.model_max_length, c.cross_attention_dim), torch.tensor([3., 500., 997.])
+    t, tokens = torch.tensor([3., 500., 997.]), pipeline.tokenizer.model_max_length
+    embeddings = rand(batch, tokens, c.cross_attention_dim)
     return (t, embeddings) if name == 'context' else (rand(batch, c.in_channels, 4*h*m, 4*w*m), t[1], embeddings)
 
 # %% ../nbs/07_onnx.ipynb #11a99dec
@@ -357,7 +346,6 @@ def _step_errors(pipeline, runtime, loaded, prompts, noise, how):
     runtime.solve(network, p, how['sampler'], noise, lambda: noise)
     return errors
 
-# %% ../nbs/07_onnx.ipynb #07ad0011
 def trajectory_errors(pipeline, runtime, loaded, prompts, seeds, **how)->dict: # per_step, pixels, psnr
     "Each step, and the whole way from noise to pixels; `how` are steps, guidance and sampler"
     prompts, seeds, shape = list(prompts), list(seeds), runtime.latents_to_draw(loaded.manifest)
@@ -369,26 +357,22 @@ def trajectory_errors(pipeline, runtime, loaded, prompts, seeds, **how)->dict: #
 # %% ../nbs/07_onnx.ipynb #3471971b
 REFERENCE = 'a red flower'
 
-def measure_parity(
-    pipeline,     # in torch
-    folder:Path,  # exported, with a manifest
-    defaults:dict # num_inference_steps, guidance_scale and sampler
-)->dict:          # modules and trajectory, as the manifest has them
-    "Each graph, each step, and the whole way"
+def measure_parity(pipeline, folder:Path, defaults:dict)->dict: # modules and trajectory, as the manifest has them
+    "Each graph, each step, and the whole way with the settings `defaults`"
     prompts = [REFERENCE, 'a blue flower with five petals', 'petals']
     runtime = load_runtime(folder)
     errors = module_errors(pipeline, folder, runtime.open_graph)
     loaded = runtime.OnnxPipeline(folder, check=False)
-    return dict(modules=errors, trajectory=trajectory_errors(pipeline, runtime, loaded, prompts, range(len(prompts)), **defaults))
+    way = trajectory_errors(pipeline, runtime, loaded, prompts, range(len(prompts)), **defaults)
+    return dict(modules=errors, trajectory=way)
 
 # %% ../nbs/07_onnx.ipynb #90697450
-ONNX_PRECISIONS = dict(float32=(1e-4, 45.), float16=(5e-2, 35.), int8=(.25, 30.)) # error of a graph at most, PSNR at least
+ONNX_PRECISIONS = dict(float32=(1e-4, 45.), float16=(5e-2, 35.), int8=(.25, 30.)) # greatest error, least PSNR
 
 def graph_tolerance(name:str, precision:str)->float: # largest absolute error
     "How far a graph may be from torch"
     return ONNX_PRECISIONS[precision][0]*(4 if (name, precision) == ('context', 'int8') else 1)
 
-# %% ../nbs/07_onnx.ipynb #07ad0012
 def check_parity(found:dict, precision:str):
     "Refuse graphs that are too far from torch by what `measure_parity` found"
     advice = 'nothing was written: export float32, or sample with torch'
@@ -417,8 +401,8 @@ def describe_latents(pipeline)->dict:
     h, w = unet.sample_size if isinstance(unet.sample_size, (list, tuple)) else [unet.sample_size]*2
     factor = math.isqrt(unet.in_channels//3) if vae is None else vae_factor(vae)
     scale, shift = (1, 0) if vae is None else (vae.config.scaling_factor, getattr(vae.config, 'shift_factor', None))
-    return dict(vae=vae is not None, channels=unet.in_channels, height=h, width=w, multiple=unet_multiple(pipeline.unet),
-                factor=factor, scaling_factor=float(scale), shift_factor=float(shift or 0))
+    return dict(vae=vae is not None, channels=unet.in_channels, height=h, width=w, factor=factor,
+                multiple=unet_multiple(pipeline.unet), scaling_factor=float(scale), shift_factor=float(shift or 0))
 
 # %% ../nbs/07_onnx.ipynb #b952a27f
 def check_target(out:Path):
@@ -427,7 +411,6 @@ def check_target(out:Path):
     if out.exists() and not (out/'manifest.json').is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds something that is no exported model; name another place")
 
-# %% ../nbs/07_onnx.ipynb #38ee710b
 def check_precision(precision:str):
     "Refuse an unknown number format, and an export whose packages are missing"
     if precision not in ONNX_PRECISIONS:
@@ -473,9 +456,10 @@ def export_pipeline(
         write_layout(pipeline, folder)
         write_reference(pipeline, folder, modules['context'][0])
         facts = dict(precision=precision, pipeline=weights, t2i_nb=version('t2i_nb'), defaults=defaults,
-                     latents=describe_latents(pipeline), tokens=pipeline.tokenizer.model_max_length, reference_prompt=REFERENCE,
-                     versions={k: version(k) for k in ('torch', 'onnx', 'onnxscript', 'onnxruntime', 'diffusers')})
-        facts['modules'] = {k: dict(file=graph_file(k), threshold=graph_tolerance(k, precision)) for k in (*modules, 'unet')}
+                     latents=describe_latents(pipeline), reference_prompt=REFERENCE,
+                     versions={k: version(k) for k in ('torch', 'onnx', 'onnxscript', 'onnxruntime', 'diffusers')},
+                     modules={k: dict(file=graph_file(k), threshold=graph_tolerance(k, precision))
+                              for k in (*modules, 'unet')})
         write_manifest(folder, **facts)
         found = measure_parity(pipeline, folder, defaults)
         check_parity(found, precision)
@@ -486,9 +470,7 @@ def export_pipeline(
     return json.loads((out/'manifest.json').read_text(encoding='utf-8'))
 
 # %% ../nbs/07_onnx.ipynb #373dc02a
-def find_exported(
-    path # a run with `onnx/`, or an exported folder
-)->Path: # the exported folder
+def find_exported(path)->Path: # the exported folder
     "Where a run's graphs lie; graphs of other weights than its pipeline's are refused"
     path = Path(path)
     folder = path/'onnx' if (path/'onnx'/'manifest.json').is_file() else path
@@ -510,12 +492,8 @@ def as_input_errors():
     except DrawingCancelled as e: raise Cancelled(str(e)) from None
 
 # %% ../nbs/07_onnx.ipynb #b92c34db
-def open_folder(
-    path,               # a run with `onnx/`, or an exported folder
-    provider:str='cpu', # cpu, cuda or tensorrt
-    threads:int=0       # cores to use; 0 is all
-)->tuple:               # function like `sample_images` without its first argument, OnnxPipeline
-    "An exported model, checked, ready to draw"
+def open_folder(path, provider:str='cpu', threads:int=0)->tuple: # function, OnnxPipeline
+    "An exported model, checked: a function like `sample_images` without its first argument, and what draws"
     with as_input_errors(): loaded = OnnxPipeline(find_exported(path), provider, threads)
     def draw_images(prompts, seeds, num_inference_steps=None, guidance_scale=None, **how):
         how |= dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
@@ -525,15 +503,10 @@ def open_folder(
 # %% ../nbs/07_onnx.ipynb #810ab183
 class OnnxBackend:
     "Draw with the exported graphs; they are loaded when the first image is drawn"
-    def __init__(self,
-        path,         # a run with `onnx/`, or an exported folder
-        threads:int=0 # cores to use; 0 is all
-    ): self.path, self.threads, self.loaded = path, threads, None
-    def __call__(self,
-        settings, # of the playground, checked
-        report    # function (UNet passes so far, function that gives a preview) -> True to stop
-    )->tuple:     # PIL image, seconds by part
-        "Draw one image"
+    def __init__(self, path, threads:int=0): # a run with `onnx/` or an exported folder; 0 uses all cores
+        self.path, self.threads, self.loaded = path, threads, None
+    def __call__(self, settings, report)->tuple: # PIL image, seconds by part
+        "Draw one image, as `TorchBackend` does"
         if settings.weights != 'pipeline':
             raise InputError('only the weights of the pipeline are exported; choose them, or the backend torch')
         self.loaded = self.loaded or open_folder(self.path, threads=self.threads)[1]

@@ -331,7 +331,8 @@ def open_graph(
     import onnxruntime
     if provider not in PROVIDERS: raise Refused(f"there is no provider '{provider}'; use {', '.join(PROVIDERS)}")
     if PROVIDERS[provider][0] not in onnxruntime.get_available_providers():
-        raise Refused(f"this onnxruntime has no {PROVIDERS[provider][0]}; pip install onnxruntime-gpu, or use --provider cpu")
+        raise Refused(f"this onnxruntime has no {PROVIDERS[provider][0]}; pip install onnxruntime-gpu, or use "
+                      "--provider cpu")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
     options.add_session_config_entry('session.set_denormal_as_zero', '1')
@@ -429,8 +430,9 @@ def latents_to_draw(
     for label, value, trained in (('height', height, m['height']), ('width', width, m['width'])):
         unit, value = m['factor']*m['multiple'], value or trained*m['factor']
         near = max(value//unit, 1)*unit
-        if value <= 0 or value % unit: raise Refused(f"the {label} {value} is not a multiple of {unit}, which this model "
-                                                     f"needs; use {near} or {near + unit}")
+        if value <= 0 or value % unit:
+            raise Refused(f"the {label} {value} is not a multiple of {unit}, which this model needs; use {near} or "
+                          f"{near + unit}")
         shape.append(value//m['factor'])
     _check_noise(m['channels']*math.prod(shape))
     return m['channels'], *shape
@@ -445,8 +447,8 @@ def _check_drawing(prompts, seeds, sampler, guidance_scale, guidance_interval):
         raise Refused(f"there are {len(prompts)} prompts and {len(seeds)} seeds; give one seed per prompt")
     if sampler not in SOLVERS: raise Refused(f"there is no sampler '{sampler}'; use {', '.join(SOLVERS)}")
     if not math.isfinite(guidance_scale): raise Refused(f"guidance_scale is {guidance_scale}; use a number, 1 for none")
-    if not 0 <= low <= high <= 1: raise Refused(f"the guidance interval is {low} to {high}; use two levels from 0 to 1, "
-                                                "the lower first")
+    if not 0 <= low <= high <= 1:
+        raise Refused(f"the guidance interval is {low} to {high}; use two levels from 0 to 1, the lower first")
 
 # %% ../nbs/06e_runtime.ipynb #dca469e6
 def guided_prediction(
@@ -496,7 +498,8 @@ def draw_latents(
         found = pipeline.run('step', (rows(negative) if guided[i] else []) + rows(prompts), together=True)
         found = np.concatenate([r[0] for r in found])
         pipeline.seconds['unet'] += time.perf_counter() - start
-        return guided_prediction(found[len(x):], found[:len(x)], guidance_scale, guidance_rescale) if guided[i] else found
+        if not guided[i]: return found
+        return guided_prediction(found[len(x):], found[:len(x)], guidance_scale, guidance_rescale)
     noises = [Noise(s) for s in seeds]
     def draw(): return np.stack([n(shape) for n in noises])
     return solve(network, p, sampler, draw(), draw)
@@ -604,7 +607,8 @@ _OPTIONS = {
     '--num-inference-steps': dict(type=int, help="denoising steps; the run's if not given"),
     '--guidance-scale': dict(type=float, help="1 is none; the run's if not given"),
     '--guidance-rescale': dict(type=float, help='share of the contrast to restore, 0 to 1'),
-    '--guidance-interval': dict(type=float, nargs=2, metavar=('LOW', 'HIGH'), help='noise levels, 0 to 1, at which guidance acts'),
+    '--guidance-interval': dict(type=float, nargs=2, metavar=('LOW', 'HIGH'),
+                                help='noise levels, 0 to 1, at which guidance acts'),
     '--sampler': dict(help=f"{', '.join(SOLVERS)}; the run's if not given"),
     '--height': dict(type=int, help='pixels'), '--width': dict(type=int, help='pixels'),
     '--batch-size': dict(type=int, default=8, help='images in work at once; changes no image'),

@@ -44,7 +44,8 @@ def _scan_images(table, report, out):
     "What a person would look at: examples.png, duplicates.png and attributes.png, as far as there is something to see"
     good = [i for i, name in enumerate(table.names) if name not in report['problems']]
     figures = {'duplicates.png': duplicate_grid(table, report)}
-    if good: figures['examples.png'] = example_grid(table, sorted(keyed_rng(0, 'examples').sample(good, min(18, len(good)))))
+    shown = sorted(keyed_rng(0, 'examples').sample(good, min(18, len(good))))
+    if shown: figures['examples.png'] = example_grid(table, shown)
     if report['attributes']: figures['attributes.png'] = plot_attributes([table.attributes[i] for i in good])[0].figure
     for name in ('examples.png', 'duplicates.png', 'attributes.png'):
         (out/name).unlink(missing_ok=True)
@@ -59,12 +60,23 @@ def _scan_lines(report):
             'exact duplicates': sum(len(g) - 1 for g in report['exact_duplicates']),
             'near duplicates': len(report['near_duplicates']),
             'shorter side': f"{side['least']:g} to {side['most']:g} pixels, median {side['median']:g}" if side else '',
-            'captions': f"{texts['given']}, {texts['different']} different", 'captions too long': len(texts['too_long']),
-            'rare attributes': ', '.join(report['attributes'].get('rare', [])[:8]), 'fingerprint': report['fingerprint']}
+            'captions': f"{texts['given']}, {texts['different']} different",
+            'captions too long': len(texts['too_long']),
+            'rare attributes': ', '.join(report['attributes'].get('rare', [])[:8]),
+            'fingerprint': report['fingerprint']}
+
+# %% ../nbs/09c_own_images.ipynb #d90ee8cf
+def _write_scan(table, report, out):
+    "Write scan.json, findings.txt and images, and say the first findings"
+    _scan_images(table, report, out)
+    (out/'scan.json').write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    lines = [f'{name}: {what}' for kind in ('problems', 'notes') for name, what in report[kind].items()]
+    (out/'findings.txt').write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+    for line in lines[:20]: tell(line)
+    if len(lines) > 20: tell(f"and {len(lines) - 20} more in {out/'findings.txt'}")
 
 # %% ../nbs/09c_own_images.ipynb #2de38451
-@command('scan', 't2i scan photos', 't2i scan photos.zip', 't2i scan photos.parquet --set data.caption_column=caption',
-         't2i scan photos --recipe my_recipe.yaml --out reports/photos')
+@command('scan', 't2i scan photos', 't2i scan photos.zip', 't2i scan photos.parquet --set data.caption_column=caption')
 def scan(
     source:str,            # folder, .zip or .parquet file, hf:NAME, or a set by name; nothing in it is changed
     recipe:str='folder',   # whose text encoder counts tokens
@@ -73,20 +85,14 @@ def scan(
 )->dict:                   # what was found, in numbers
     "Look at every image and caption before training"
     cfg, out = load_recipe(recipe, set), Path(out or Path('scans')/Path(source).expanduser().resolve().stem)
-    if source == 'toy_flowers':
-        raise InputError('toy flowers are drawn and need no scan; name a folder or another source')
+    if source == 'toy_flowers': raise InputError('toy flowers are drawn and need no scan; name another source')
     table = read_source(replace(cfg.data, source=source)) # refuses a source that does not exist, before anything slow
     make_folder(out/'scan.json')
     quiet_loading()
     report = dict(source=source) | scan_source(table, *_caption_limit(cfg.text), bar('looking at images'))
-    _scan_images(table, report, out)
-    (out/'scan.json').write_text(json.dumps(report, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-    lines = [f'{name}: {what}' for kind in ('problems', 'notes') for name, what in report[kind].items()]
-    (out/'findings.txt').write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
-    for line in lines[:20]: tell(line)
-    if len(lines) > 20: tell(f"and {len(lines) - 20} more in {out/'findings.txt'}")
+    _write_scan(table, report, out)
     if cfg.data.flip and (n := report['captions']['left_or_right']):
-        tell(f'{n} captions say left or right, and the recipe mirrors half of the images; use --set data.flip=false in training')
+        tell(f'{n} captions say left or right, and half of the images are mirrored; train with --set data.flip=false')
     return _scan_lines(report) | {'report': out/'scan.json'}
 
 # %% ../nbs/09c_own_images.ipynb #9fc6a4f7
@@ -155,10 +161,17 @@ def _images_seen(folder, cfg):
     return made['reached']['images_seen']
 
 # %% ../nbs/09c_own_images.ipynb #1b02ff2c
-def _check_vae(name):
-    "Refuse a VAE that is not there, without loading anything"
+def _check_vae(name, size=0):
+    "Refuse a VAE that is not there, or a size that it cannot halve, without loading anything"
     if name != 'tiny' and not (Path(name)/'config.json').is_file() and (Path(name).exists() or name.count('/') != 1):
         raise InputError(f"there is no VAE in '{name}' (no config.json); give tiny, a diffusers folder, or a hub name")
+    if size: check_run(RunConfig(data=DataConfig(size=size), vae=VAEConfig(name)))
+
+# %% ../nbs/09c_own_images.ipynb #af52a8c7
+def _open_vae(name, size=64):
+    "A VAE, without the loading bars"
+    quiet_loading()
+    return load_vae(VAEConfig(name), size)
 
 # %% ../nbs/09c_own_images.ipynb #247576a2
 def _vae_recipe(recipe, set, start):
@@ -167,7 +180,7 @@ def _vae_recipe(recipe, set, start):
     how, data = cfg.vae_train, cfg.data
     check_least('vae_train.n_images', how.n_images)
     check_least('vae_train.batch', how.batch)
-    if not 0 <= how.kl_warmup <= 1: raise InputError(f"vae_train.kl_warmup is {how.kl_warmup:g}; use a share from 0 to 1")
+    if not 0 <= how.kl_warmup <= 1: raise InputError(f"vae_train.kl_warmup is {how.kl_warmup:g}; use 0 to 1")
     if start: _check_vae(start)
     if data.source == 'toy_flowers': # of a folder the seed moves the split, and it has the images it has
         data = replace(data, n_images=how.n_drawings, seed=how.seed)
@@ -231,24 +244,21 @@ def vae_evaluate(
     out:Path=Path('vae_report.json') # file to write
 )->dict:                          # mse, psnr, ssim, and what the classifier reads
     "Measure what encoding and decoding costs"
-    cfg = RunConfig(data=DataConfig(source=source, size=size, n_images=1), vae=VAEConfig(vae))
-    check_run(cfg)
     check_least('--n-images', n_images)
     check_split(split, ('validation', 'test'))
-    if source != 'toy_flowers' and not len(load_dataset(cfg.data, split)):
+    data = DataConfig(source=source, size=size, n_images=1)
+    if source != 'toy_flowers' and not len(load_dataset(data, split)):
         raise InputError(f"{source} holds one image; use two or more, or --split test")
-    _check_vae(vae)
+    _check_vae(vae, size)
     make_folder(out)
-    _, real, attributes = unseen_images(cfg.data, n=n_images, split=split)
-    quiet_loading()
-    report = vae_report(load_vae(cfg.vae, size), real, attributes)
+    _, real, attributes = unseen_images(data, n=n_images, split=split)
+    report = vae_report(_open_vae(vae, size), real, attributes)
     Path(out).write_text(json.dumps(dict(vae=vae, source=source, split=split, size=size) | report, indent=1) + '\n')
     read = {f'  {k} read right': round(v, 3) for k, v in report.pop('read', {}).items()}
     return {'report': out, **report, **read}
 
 # %% ../nbs/09c_own_images.ipynb #d3eb81fc
-@command('vae encode', 't2i vae encode photo.jpg',
-         't2i vae encode photo.jpg --vae runs/vae --size 256 --out photo.safetensors', chapter='Your own images')
+@command('vae encode', 't2i vae encode photo.jpg --vae runs/vae --size 256', chapter='Your own images')
 def vae_encode(
     image:Path,      # any image file
     vae:str='tiny',  # 'tiny' (shipped), a diffusers folder, or a name in the Hugging Face hub
@@ -258,20 +268,25 @@ def vae_encode(
     "Turn one image into latents"
     out = Path(out) if out else Path(image).with_suffix('.safetensors')
     if not Path(image).is_file(): raise InputError(f"there is no image '{image}'; name a file")
-    _check_vae(vae)
-    check_run(RunConfig(data=DataConfig(size=size), vae=VAEConfig(vae)))
+    _check_vae(vae, size)
     make_folder(out)
     problem = image_findings(Path(image).read_bytes())[0]
     if problem: raise InputError(f"{image} cannot be read ({problem}); use another image")
-    quiet_loading()
-    z = encode_images(load_vae(VAEConfig(vae), size), image_to_tensor(image, size)[None])
+    z = encode_images(_open_vae(vae, size), image_to_tensor(image, size)[None])
     safetensors_numpy.save_file({'latents': z.numpy()}, out)
     return {'latents': ' x '.join(map(str, z.shape[1:])), 'mean': z.mean().item(), 'deviation': z.std().item(),
             'written to': out}
 
+# %% ../nbs/09c_own_images.ipynb #90458d22
+def _read_latents(file):
+    "What `t2i vae encode` wrote"
+    if not Path(file).is_file(): raise InputError(f"there is no file '{file}'; t2i vae encode writes one")
+    try: return safetensors_numpy.load_file(file)['latents']
+    except (OSError, KeyError, SafetensorError):
+        raise InputError(f"{file} holds no latents; give a file that t2i vae encode wrote") from None
+
 # %% ../nbs/09c_own_images.ipynb #74790919
-@command('vae decode', 't2i vae decode photo.safetensors',
-         't2i vae decode photo.safetensors --vae runs/vae --out again.png', chapter='Your own images')
+@command('vae decode', 't2i vae decode photo.safetensors --vae runs/vae --out again.png', chapter='Your own images')
 def vae_decode(
     latents:Path,    # what t2i vae encode wrote
     vae:str='tiny',  # the VAE that encoded it
@@ -283,15 +298,9 @@ def vae_decode(
     if out.suffix.lower() not in IMAGE_SUFFIXES:
         raise InputError(f"--out {out} is no image; end it in one of {', '.join(IMAGE_SUFFIXES)}")
     make_folder(out)
-    if not Path(latents).is_file(): raise InputError(f"there is no file '{latents}'; t2i vae encode writes one")
-    try: z = safetensors_numpy.load_file(latents)['latents']
-    except (OSError, KeyError, SafetensorError):
-        raise InputError(f"{latents} holds no latents; give a file that t2i vae encode wrote") from None
-    quiet_loading()
-    model = load_vae(VAEConfig(vae))
-    if z.shape[1] != model.config.latent_channels:
-        raise InputError(f"{latents} has {z.shape[1]} channels and this VAE {model.config.latent_channels}; "
-                         "give the VAE that encoded it")
+    z, model = _read_latents(latents), _open_vae(vae)
+    if z.shape[1] != (n := model.config.latent_channels):
+        raise InputError(f"{latents} has {z.shape[1]} channels and this VAE {n}; give the VAE that encoded it")
     image = to_pil(decode_latents(model, torch.from_numpy(z)))[0]
     image.save(out)
     return {'size': f'{image.width} x {image.height}', 'written to': out}

@@ -63,7 +63,7 @@ class _Member(tarfile.TarInfo):
         raise tarfile.ReadError(f'a header of {m.size:,} bytes')
 
 # %% ../nbs/08d_promotion.ipynb #69380d87
-def _check(m, folder): # tarfile.TarInfo, where it shall go
+def _check(m, folder): # tarfile.TarInfo, where it goes
     "Refuse what tarfile's filter `data` would let pass"
     odd = ''
     if m.name.startswith('/') or re.search(r'[\\:]', m.name): odd = 'lies outside the destination'
@@ -88,7 +88,7 @@ def _write_members(archive, folder, limits):
 # %% ../nbs/08d_promotion.ipynb #85f712e4
 def unpack(
     archive:Path,           # model.tar.gz, from an untrusted place
-    folder:Path,            # where its files shall be; not there yet
+    folder:Path,            # where its files will be; not there yet
     limits:Limits=Limits()  # of size and number
 )->Path:                    # the folder
     "Unpack an archive, whole or not at all"
@@ -161,10 +161,9 @@ def _aws(service): # s3 or sagemaker
 def _job_archive(job):
     "The s3:// address where a finished training job left its model"
     with aws_errors(f"read the job '{job}'"): found = _aws('sagemaker').describe_training_job(TrainingJobName=job)
-    status, where = found['TrainingJobStatus'], found.get('ModelArtifacts', {}).get('S3ModelArtifacts')
-    if status in ('Completed', 'Stopped') and where: return where
-    what = ': '.join([status, *filter(None, [found.get('FailureReason')])])
-    raise InputError(f"training job '{job}' is {what}; promote a job that has completed")
+    status, because = found['TrainingJobStatus'], found.get('FailureReason') or 'no model yet'
+    if status in ('Completed', 'Stopped') and (at := found.get('ModelArtifacts')): return at['S3ModelArtifacts']
+    raise InputError(f"training job '{job}' is {status} ({because}); promote a job that has completed")
 
 # %% ../nbs/08d_promotion.ipynb #2f1719c2
 def _fetch_archive(address, path, limits):
@@ -206,7 +205,7 @@ EVAL_METRICS = dict(adherence=1, kid=-1, loss=-1) # which way is better
 @dataclass
 class PairedEval:
     metric:str               # one of `EVAL_METRICS`
-    cfg:RunConfig            # the candidate's, whose data both models are evaluated on
+    cfg:RunConfig            # the candidate's, on whose data both models are evaluated
     n:int=256                # images
     data:str=''              # photographs: another source; '' takes the validation split of the recipe's
     classifier:str='shipped' # adherence: 'shipped' or 'module:function'
@@ -453,7 +452,8 @@ def _fetch_run(registry, experiment, folder):
     folder.mkdir(parents=True)
     with _registry_errors():
         run = _best_run(registry.client, experiment)
-        for part in ('pipeline', 'config.yaml'): _artifacts(registry, folder, run_id=run.info.run_id, artifact_path=part)
+        for part in ('pipeline', 'config.yaml'):
+            _artifacts(registry, folder, run_id=run.info.run_id, artifact_path=part)
     return read_model(folder, run.info.run_name or run.info.run_id)
 
 # %% ../nbs/08d_promotion.ipynb #838e8662

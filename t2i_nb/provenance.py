@@ -227,7 +227,7 @@ def read_prompts(
     per_prompt:int=1, # images of each
     seed:int=0    # of the first image of rows without a seed; the following images count on
 )->list[dict]:    # name, prompt, negative_prompt and seed of each image
-    "The images that a table asks for"
+    "The images that a table lists"
     images = []
     for n, row in enumerate(_read_table(Path(path))):
         where, prompt = f'{path} row {n + 1}', ' '.join((row['prompt'] or '').split())

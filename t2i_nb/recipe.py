@@ -128,6 +128,7 @@ class Components:
     text_encoder:object # CLIPTextModel, or another one with text embeddings
     vae:object          # AutoencoderKL, AutoencoderTiny, or None in pixel space
 
+# %% ../nbs/03f_recipe.ipynb #a97c18c3
 def load_components(cfg:RunConfig)->Components:
     "The frozen models of a run"
     return Components(*load_text_encoder(cfg.text), load_vae(cfg.vae, cfg.data.size))

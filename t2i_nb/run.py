@@ -76,7 +76,7 @@ class Run:
     "A recipe and the folder where everything is left: train, sample, evaluate and export it"
     def __init__(self,
         recipe,       # name of a recipe, path of a YAML file, `RunConfig`, or folder of a run that has begun
-        run_dir=None, # where the run lives; runs/RECIPE if None
+        run_dir=None, # the run's folder; runs/RECIPE if None
         set=()        # changes to the recipe, e.g. ['train.lr=1e-4', 'data.flip=true']
     ):
         self.state, self._data, self._pipeline = None, None, ('', None)
@@ -184,12 +184,10 @@ def train_run(
     if state.ended != 'images': tell(f"the run ended by {state.ended} {seen}")
     return state
 
-# %% ../nbs/08e_run.ipynb #a889c7a8
+# %% ../nbs/08e_run.ipynb #86f94132
 @patch
-def prepare(self:Run,
-    fresh:bool=False # start only in an empty folder?
-)->tuple:            # frozen models, training data, validation data; they stay in memory
-    "Begin the run and encode its images"
+def encode(self:Run, fresh:bool=False)->tuple: # frozen models, training data, validation data
+    "Begin the run and encode its images, which stay in memory"
     if self._data is None:
         if this_rank().is_main: open_run(self.cfg, self.dir, fresh)
         self._data = prepare(self.cfg, self.dir)
@@ -201,7 +199,7 @@ def train(self:Run,
     fresh:bool=False # start only in an empty folder?
 )->Run:              # itself; `state` is the last `TrainState`
     "Train to the end; the same call goes on after an interruption"
-    self.state = train_run(self.cfg, self.dir, *self.prepare(fresh))
+    self.state = train_run(self.cfg, self.dir, *self.encode(fresh))
     return self
 
 # %% ../nbs/08e_run.ipynb #1b69003c
@@ -284,7 +282,7 @@ def _check_features(features, toy, log):
 
 # %% ../nbs/08e_run.ipynb #3c6e89cb
 def _scoring(cfg, log, n_images, n_open=None, n_training=1024, classifier='shipped', features='', data='', **how):
-    "The arguments of `evaluate_run` with the defaults of a recipe, checked; `log` is told how many images will be drawn"
+    "The arguments of `evaluate_run` with a recipe's defaults, checked; `log` gets the number of images"
     toy, n_open = cfg.data.source == 'toy_flowers', 6*n_images if n_open is None else n_open # as many per attribute
     check_least('--n-images', n_images, 3) # KID compares three or more
     if classifier != 'shipped': load_function(classifier)
@@ -340,11 +338,8 @@ def open_playground(
     exported = (Path(run_dir)/'onnx'/'manifest.json').is_file()
     return Playground(run_dir, dict(onnx=OnnxBackend(run_dir)) if exported else None)
 
-# %% ../nbs/08e_run.ipynb #30a1f1fa
+# %% ../nbs/08e_run.ipynb #4cae85bb
 @patch
-def export(self:Run,
-    out=None,                # folder to write; onnx/ in the run if None
-    precision:str='float32'  # float32, float16 (for GPUs) or int8 (small files)
-)->Path:                     # the folder
+def export(self:Run, out=None, precision:str='float32')->Path: # as `export_run`
     "Write the pipeline as ONNX graphs that draw without torch"
     return export_run(self.dir, out, precision, tell)

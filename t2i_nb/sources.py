@@ -79,13 +79,13 @@ def _listing(root):
     return sorted(names), lambda name: io.BytesIO(archive.read(name))
 
 # %% ../nbs/00b_sources.ipynb #5c075047
-def _read_text(file, name):
+def _read_utf8(file, name):
     "A text in UTF-8, with or without a byte order mark"
     data = file.read_bytes() if isinstance(file, Path) else file.read()
     try: return data.decode('utf-8-sig')
     except UnicodeDecodeError: raise InputError(f"{name} is not UTF-8; save it as UTF-8") from None
 
-# %% ../nbs/00b_sources.ipynb #5bfc6999
+# %% ../nbs/00b_sources.ipynb #7f4885a2
 def _tabled(rows, known, column):
     "Files, captions, attributes and unmatched names of a metadata file"
     here = [r for r in rows if str(r['file_name']) in known]
@@ -108,7 +108,7 @@ def _beside(names, read):
 def _folder_source(root, cfg):
     "Images and captions of a folder or zip: from a metadata file, text files, or the names of sub-folders"
     names, opened = _listing(root)
-    def read(name): return _read_text(opened(name), root/name)
+    def read(name): return _read_utf8(opened(name), root/name)
     table = next((n for n in ('metadata.jsonl', 'metadata.csv') if n in names), None)
     if table:
         rows = read_table(read(table), f'{root/table}', cfg.caption_column)
@@ -237,7 +237,7 @@ def _flowers102_source(root, cfg):
     texts = {p.stem: p for p in sorted((root/'text_c10').glob('class_*/*.txt'))}
     files = sorted((root/'jpg').glob('*.jpg'))
     alone = texts.keys() - {p.stem for p in files}
-    captions = [_as_captions(_read_text(texts[p.stem], texts[p.stem]).split('\n')) if p.stem in texts else ''
+    captions = [_as_captions(_read_utf8(texts[p.stem], texts[p.stem]).split('\n')) if p.stem in texts else ''
                 for p in files]
     labels = [dict(label=texts[p.stem].parent.name) if p.stem in texts else {} for p in files]
     return Source(files.__getitem__, captions, [p.relative_to(root).as_posix() for p in files], labels,
@@ -347,7 +347,7 @@ def _lacking(known, root):
     archives = [url.rsplit('/', 1)[1] for url, *_ in known.archives]
     return [n for n in known.needs if not there(n)] + [f'the rest of {n}' for n in archives if (root/n).is_file()]
 
-# %% ../nbs/00b_sources.ipynb #593414f9
+# %% ../nbs/00b_sources.ipynb #74efe390
 def _hub_name(name):
     "What a source is called on the Hugging Face hub, '' where it does not come from there"
     if name in KNOWN_SETS: return KNOWN_SETS[name].hub
@@ -405,14 +405,14 @@ def _captions_file(path, column, names):
     if not path.is_file():
         raise InputError(f"there is no file {path}; name a .csv or .jsonl with file_name and {column}")
     table = {}
-    for r in read_table(_read_text(path, path), f'{path}', column):
+    for r in read_table(_read_utf8(path, path), f'{path}', column):
         table.setdefault(str(r['file_name']), []).extend(_as_captions(r[column]))
     if table and not table.keys() & set(names):
         first = next(iter(table))
         raise InputError(f"{path} names none of the images; its first is '{first}', the source's '{names[0]}'")
     return table
 
-# %% ../nbs/00b_sources.ipynb #48d7a8fb
+# %% ../nbs/00b_sources.ipynb #2ff2126d
 def _recaption(source, cfg):
     "The same source with captions by template, or from a table"
     captions, rows = [_as_captions(c) for c in source.captions], source.attributes or [{}]*len(source)

@@ -357,7 +357,8 @@ def _failed(outbox:Outbox, log, every:float, e:Exception):
     "Wait twice as long as before, at first twice the `every` seconds between two looks; log only the first failure"
     outbox.pause = min(LONGEST_PAUSE, 2*(outbox.pause or every))
     outbox.due = time.monotonic() + outbox.pause
-    if not outbox.logged: log(f'{outbox.name} cannot be reached ({why(e)}); training goes on, and it gets the rest later')
+    if not outbox.logged:
+        log(f'{outbox.name} cannot be reached ({why(e)}); training goes on, and it gets the rest later')
     outbox.logged = True
 
 # %% ../nbs/03e_tracking.ipynb #b89f6aa5

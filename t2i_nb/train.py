@@ -169,7 +169,8 @@ def train_step(engine, objective:Objective, data:TrainingData, cfg:TrainConfig, 
     "One optimiser step over `global_batch` images, in micro-batches; limit and result as for `TorchEngine.step`"
     first, n = engine.ranks.share(images_seen, cfg.global_batch)
     micro = cfg.micro_batch or n
-    def part(k): return micro_loss(engine.unet, objective, make_batch(data, cfg, k, micro), engine.dtype)/cfg.global_batch
+    def part(k):
+        return micro_loss(engine.unet, objective, make_batch(data, cfg, k, micro), engine.dtype)/cfg.global_batch
     return engine.step(part, range(first, first + n, micro), limit)
 
 # %% ../nbs/04_train_deepspeed.ipynb #85e2dbc0
@@ -186,8 +187,9 @@ def guarded_step(engine, objective:Objective, data:TrainingData, cfg:TrainConfig
     s.skipped, s.skipped_in_a_row = s.skipped + 1, s.skipped_in_a_row + 1
     if s.skipped_in_a_row >= MAX_SKIPPED:
         raise InputError(f"{MAX_SKIPPED} steps in a row were not taken, up to image {s.images_seen:,}: the loss is "
-                         f"{s.loss:.3g}, where {s.loss_ema:.3g} is usual, and the gradient's norm {s.grad_norm:.3g}; the "
-                         f"checkpoints are good: copy them to another --run-dir, and use a train.lr below {cfg.lr:g}")
+                         f"{s.loss:.3g}, where {s.loss_ema:.3g} is usual, and the gradient's norm {s.grad_norm:.3g}; "
+                         "the checkpoints are good: copy them to another --run-dir, and use a train.lr below "
+                         f"{cfg.lr:g}")
 
 # %% ../nbs/04_train_deepspeed.ipynb #1b432fa1
 def _smaller_micro(cfg:TrainConfig, given:TrainConfig, world:int)->TrainConfig:
@@ -390,8 +392,8 @@ def predict(self:Trainer)->Probe: # None where memory does not suffice for a cop
         return self.log('nothing is predicted: memory does not suffice to measure a copy')
     self.attainable, left = p.attainable, (t.n_images - self.state.images_seen)/p.images_per_second
     time_left = f'{left/60:.0f} minutes' if left >= 100 else f'{left:.0f} seconds'
-    self.log(f'about {p.images_per_second:.0f} images a second, {p.mfu:.0%} of the speed of large matrix products (MFU): '
-             f'{time_left} without validations; {p.bytes/1e9:.1f} GB a process')
+    self.log(f'about {p.images_per_second:.0f} images a second, {p.mfu:.0%} of the speed of large matrix products '
+             f'(MFU): {time_left} without validations; {p.bytes/1e9:.1f} GB a process')
     return p
 
 # %% ../nbs/04_train_deepspeed.ipynb #135c7951

@@ -2,17 +2,16 @@
 import json, os, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
-import yaml
 from t2i_nb.__main__ import main
 from t2i_nb import own_images
 from t2i_nb.captions import check_prompt_length
 from t2i_nb.cli import CHAPTERS, COMMANDS, Command, find_command, make_parser, run_command
 from t2i_nb.commands import _drawing_options, _score_lines
-from t2i_nb.core import InputError, find_recipe, load_config, package_dir, pretrained_dir
+from t2i_nb.core import InputError, find_recipe, load_config, pretrained_dir
 from t2i_nb.data import DataConfig
 from t2i_nb.evaluation import Evaluation
 from t2i_nb.recipe import RunConfig, open_run
-from t2i_nb.run import Run, Stopped, _check_features
+from t2i_nb.run import Stopped, _check_features
 from t2i_nb.sources import KNOWN_SETS, load_dataset
 
 SOURCES = f"use toy_flowers, a folder, a .zip or .parquet file, hf:NAME, module:function, {', '.join(KNOWN_SETS)}"
@@ -119,7 +118,7 @@ def test_steps_and_output(run):
     (['vae', 'evaluate', 'tiny', '--split', 'tset'], "there is no split 'tset' (did you mean 'test'?); use validation, test"),
     (['vae', 'train', 'demo', '--set', 'vae_train.n_images=0'], 'vae_train.n_images is 0; use 1 or more'),
     (['vae', 'train', 'demo', '--set', 'vae_train.batch=0'], 'vae_train.batch is 0; use 1 or more'),
-    (['vae', 'train', 'demo', '--set', 'vae_train.kl_warmup=2'], 'vae_train.kl_warmup is 2; use a share from 0 to 1'),
+    (['vae', 'train', 'demo', '--set', 'vae_train.kl_warmup=2'], 'vae_train.kl_warmup is 2; use 0 to 1'),
     (['vae', 'train', 'demo', '--minutes', '0'], '--minutes is 0; use more than 0')))
 def test_numbers_too_small(run, args, sentence):
     refused(sentence, *args, cwd=run.parent)

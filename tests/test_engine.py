@@ -1,6 +1,5 @@
 "One step of an engine: the same whatever the threads, and never a damaging one"
 import copy, math
-from dataclasses import replace
 import pytest, torch
 from t2i_nb.core import InputError
 from t2i_nb.engine import EngineConfig, LossScale, Ranks, TorchEngine, activation_bytes, choose_precision, make_engine, probe, zero_bytes, zero_config

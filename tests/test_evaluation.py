@@ -51,7 +51,7 @@ def few(pixel_values): return [same]
     monkeypatch.syspath_prepend(tmp_path)
     truth, drawn = fresh_drawings(8)
     assert adherence(truth, find_classifier('by_hand:flowers')(drawn))['n'] == 8
-    for name, sentence in (('colours', "read colour as 'beige'; known are red"), ('few', 'must give one answer for each image')):
+    for name, sentence in (('colours', "read colour as 'beige'; known are red"), ('few', 'must answer once for each image')):
         with pytest.raises(InputError, match=sentence): find_classifier(f'by_hand:{name}')(drawn)
     with pytest.raises(InputError, match="did you mean 'flowers'"): find_classifier('by_hand:flower')
 

@@ -64,8 +64,8 @@ def words(photos, *more, experiment='flowers'):
 
 def t2i(capsys, *argv):
     code = main(list(argv))
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    written = capsys.readouterr()
+    return code, written.out, written.err
 
 def objects(s3): return {o['Key']: o['ETag'] for o in s3.list_objects_v2(Bucket=BUCKET).get('Contents', [])}
 
@@ -79,15 +79,15 @@ def under(s3, uri): # what SageMaker would put into a channel: name -> key
 
 def test_a_launch_is_its_dry_run_and_sends_everything_once(aws, photos, capsys):
     before = jobs()
-    code, said, _ = t2i(capsys, *words(photos, '--dry-run'))
+    code, out, _ = t2i(capsys, *words(photos, '--dry-run'))
     assert code == 0 and jobs() == before
-    dry = yaml.safe_load(said)['request']
-    code, said, told = t2i(capsys, *words(photos, '--detach'))
-    assert code == 0, told
+    dry = yaml.safe_load(out)['request']
+    code, out, err = t2i(capsys, *words(photos, '--detach'))
+    assert code == 0, err
     launched = json.loads(Path('launch.json').read_text())
     real = launched['request']
     assert {k for k in {*dry, *real} if dry.get(k) != real.get(k)} == {'TrainingJobName'} # it holds the second of the launch
-    assert real['TrainingJobName'].startswith('t2i-flowers-') and launched['job'] in said and {*jobs()} - {*before} == {launched['job']}
+    assert real['TrainingJobName'].startswith('t2i-flowers-') and launched['job'] in out and {*jobs()} - {*before} == {launched['job']}
     job = boto3.client('sagemaker').describe_training_job(TrainingJobName=launched['job'])
     for k in ('HyperParameters', 'ResourceConfig', 'StoppingCondition', 'OutputDataConfig', 'InputDataConfig', 'RoleArn', 'CheckpointConfig',
               'EnableManagedSpotTraining'): assert job[k] == real[k], k
@@ -101,12 +101,12 @@ def test_a_launch_is_its_dry_run_and_sends_everything_once(aws, photos, capsys):
     for n in (4, 20): aws.put_object(Bucket=BUCKET, Key=f'{checkpoints}/checkpoints/img-{n:08}/manifest.json', Body=b'{}')
     there = objects(aws)
     time.sleep(1.1) # a job's name holds the second
-    code, _, told = t2i(capsys, *words(photos, '--detach'))
+    code, _, err = t2i(capsys, *words(photos, '--detach'))
     again = json.loads(Path('launch.json').read_text())
     assert code == 0 and objects(aws) == there and again['sent'] == dict(files=0, bytes=0)
-    assert again['resumes_from'] == 'img-00000020' and 'the run resumes from img-00000020' in told and len(jobs()) == len(before) + 2
-    code, said, _ = t2i(capsys, *words(photos, '--dry-run', '--nodes', '1', '--on-demand')) # another number of machines is the same run
-    other = yaml.safe_load(said)['request']
+    assert again['resumes_from'] == 'img-00000020' and 'the run resumes from img-00000020' in err and len(jobs()) == len(before) + 2
+    code, out, _ = t2i(capsys, *words(photos, '--dry-run', '--nodes', '1', '--on-demand')) # another number of machines is the same run
+    other = yaml.safe_load(out)['request']
     assert [(r['CheckpointConfig'], channels(r)['training']) for r in (other, again['request'])] == 2*[(real['CheckpointConfig'],
                                                                                                       channels(real)['training'])]
     assert 'MaxWaitTimeInSeconds' not in other['StoppingCondition'] and not other.get('EnableManagedSpotTraining')
@@ -240,17 +240,15 @@ def test_no_capacity_and_no_quota_say_what_to_do(aws, photos, capsys, monkeypatc
     code, _, err = refuse('ResourceLimitExceeded', "The account-level service limit 'ml.g4dn.xlarge for spot training' is 0")
     assert code == 2 and "quota does not allow it" in err and jobs() == before and not Path('launch.json').exists()
 
-def test_a_job_is_followed_through_its_log(aws, photos, capsys):
-    code, said, err = t2i(capsys, *words(photos, '--detach', experiment='followed'))
-    assert code == 0, err
+def test_a_job_is_followed_through_its_log(request_of, capsys):
     job, logs = json.loads(Path('launch.json').read_text())['job'], boto3.client('logs')
     with contextlib.suppress(logs.exceptions.ResourceAlreadyExistsException): logs.create_log_group(logGroupName='/aws/sagemaker/TrainingJobs')
     stream, line = f'{job}/algo-1-1', 't2i metrics images_seen={} loss=0.{} lr=1.000e-04 images_per_second=51.20 seconds=4.0'
     logs.create_log_stream(logGroupName='/aws/sagemaker/TrainingJobs', logStreamName=stream)
     logs.put_log_events(logGroupName='/aws/sagemaker/TrainingJobs', logStreamName=stream, logEvents=[
         dict(timestamp=int(1000*time.time()) + i, message=line.format(4*i, 9 - i)) for i in range(3)])
-    code, said, told = t2i(capsys, 'launch', '--attach', job, '--region', 'eu-west-1')
-    assert code == 0 and '8 images seen, 51.2 images/s, loss 0.7000' in told and 'is done' in said, (said, told)
+    code, out, err = t2i(capsys, 'launch', '--attach', job, '--region', 'eu-west-1')
+    assert code == 0 and '8 images seen, 51.2 images/s, loss 0.7000' in err and 'is done' in out, (out, err)
 
 def test_the_watcher_may_leave(aws, capsys, monkeypatch):
     asked, job = [], dict(TrainingJobName='t2i-mine-1', TrainingJobStatus='InProgress', SecondaryStatusTransitions=[],
@@ -261,9 +259,9 @@ def test_the_watcher_may_leave(aws, capsys, monkeypatch):
         if len(asked) == 4: raise KeyboardInterrupt
     monkeypatch.setattr(J, 'aws_client', lambda session, name, real=L.aws_client: Answers() if name == 'sagemaker' else real(session, name))
     monkeypatch.setattr(J, 'time', type('clock', (), dict(sleep=staticmethod(sleep))))
-    code, said, told = t2i(capsys, 'launch', '--attach', 't2i-mine-1', '--region', 'eu-west-1')
-    assert code == 0 and 'the job goes on; t2i launch --attach t2i-mine-1 watches it again' in said
-    assert told.count('\n') == 2 and 'waits for machines' in told and 'trains' in told # said once each
+    code, out, err = t2i(capsys, 'launch', '--attach', 't2i-mine-1', '--region', 'eu-west-1')
+    assert code == 0 and 'the job goes on; t2i launch --attach t2i-mine-1 watches it again' in out
+    assert err.count('\n') == 2 and 'waits for machines' in err and 'trains' in err # written once each
 
 # -- the archive -------------------------------------------------------------------------------------------------------------------------
 
@@ -296,7 +294,7 @@ LAUNCHED = {}
 def request_of(aws, photos, capsys):
     "The request of one launch, made once"
     if not LAUNCHED:
-        code, said, err = t2i(capsys, *words(photos, '--detach', '--budget', '5', experiment='archive'))
+        code, out, err = t2i(capsys, *words(photos, '--detach', '--budget', '5', experiment='archive'))
         assert code == 0, err
         LAUNCHED['file'] = Path('launch.json').read_text()
     Path('launch.json').write_text(LAUNCHED['file'])
@@ -313,7 +311,7 @@ def channels(request): return {c['ChannelName']: c for c in request['InputDataCo
 def check_model(root, log):
     assert (root/'model'/'pipeline'/'model_index.json').is_file(), log
     lines = [L.read_line(line) for line in log.splitlines() if L.read_line(line)]
-    assert [line['images_seen'] for line in lines] == [4, 8], log # two steps, said once: by rank 0
+    assert [line['images_seen'] for line in lines] == [4, 8], log # two steps, written once: by rank 0
     assert (root/'checkpoints'/'checkpoints'/'img-00000008').is_dir()
 
 def test_the_archive_trains_where_the_library_is_not_installed(aws, request_of, bare, tmp_path):

@@ -1,10 +1,9 @@
 "The Python API of `t2i_nb.run`: from a recipe to a score, opened again, stopped and gone on with; and a run that an older version left."
-import json, os, shutil, signal, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 import pytest
 from t2i_nb.core import InputError
-from t2i_nb.recipe import RunConfig
-from t2i_nb.run import Images, Run, Stopped, bar, export_run, find_pipeline, read_recipe, run_config, sampling_settings
+from t2i_nb.run import Images, Run, bar, export_run, find_pipeline, read_recipe, run_config, sampling_settings
 
 SMALL = ['data.n_images=32', 'unet.width=16', 'unet.overrides={}', 'train.global_batch=8', 'train.micro_batch=8', 'train.n_images=48',
          'train.validation_images=24', 'train.checkpoint_images=24', 'train.log_images=8', 'sample.num_inference_steps=2', 'sample.n_images=4']

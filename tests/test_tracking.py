@@ -65,6 +65,7 @@ def everything(run, address):
     assert [f.path for f in client.list_artifacts(run_id, 'samples')] == [f'samples/{name}' for name in images]
     return there, system
 
+@pytest.mark.slow
 @posix
 def test_server_killed_while_training(server, tmp_path, monkeypatch):
     "Killed in the middle and started again: nothing is lost, nothing is there twice, no step waited"
@@ -85,8 +86,8 @@ def test_server_killed_while_training(server, tmp_path, monkeypatch):
 
 @posix
 @pytest.mark.parametrize('mute', (False, True))
-def test_server_never_comes_back(server, tmp_path, monkeypatch, mute):
-    "Refused or never answered: one sentence while training, one at the end, and `send` brings all of it later"
+def test_server_never_comes_back(tmp_path, monkeypatch, mute):
+    "Refused or never answered: one sentence while training, one at the end"
     run, said = begin(tmp_path/'run'), []
     monkeypatch.setattr('t2i_nb.tracking.LAST_SECONDS', 1.)
     monkeypatch.setattr('t2i_nb.tracking.TIMEOUT', 1)
@@ -98,9 +99,21 @@ def test_server_never_comes_back(server, tmp_path, monkeypatch, mute):
             for n, longest in stand_in(run, pause=.005): pass
         assert len(said) == 2 and 'training goes on' in said[0] and f'`t2i track {run}` sends the rest' in said[1], said
         assert longest < 1 and 'pass-8d1f' not in str(said)
-        if mute: return # `send` would wait a minute
+        if mute: return # `send_run` would wait a minute
         with pytest.raises(InputError, match='mlflow cannot be reached') as e: send_run(run, ['mlflow'])
         assert '\n' not in str(e.value) and 'pass-8d1f' not in str(e.value)
+
+@pytest.mark.slow
+@posix
+def test_all_is_sent_later(server, tmp_path, monkeypatch):
+    "What a server that was away did not get, `send_run` brings, and no password stands in any file"
+    run = begin(tmp_path/'run')
+    monkeypatch.setattr('t2i_nb.tracking.LAST_SECONDS', 1.)
+    with socket.socket() as deaf:
+        deaf.bind(('127.0.0.1', 0))
+        monkeypatch.setenv('MLFLOW_TRACKING_URI', f'http://me:pass-8d1f@127.0.0.1:{deaf.getsockname()[1]}')
+        with follow(run, ['mlflow'], every=.05):
+            for _ in stand_in(run): pass
     (run/'pipeline').mkdir()
     (run/'pipeline'/'model_index.json').write_text('{}')
     monkeypatch.setenv('MLFLOW_TRACKING_URI', server.address)
@@ -109,6 +122,7 @@ def test_server_never_comes_back(server, tmp_path, monkeypatch, mute):
     assert [f.path for f in mlflow.MlflowClient(server.address).list_artifacts(there.info.run_id, 'pipeline')] == ['pipeline/model_index.json']
     assert not any(b'pass-8d1f' in p.read_bytes() for p in run.rglob('*') if p.is_file())
 
+@pytest.mark.slow
 @posix
 def test_resumed_run_leaves_no_duplicate(server, tmp_path, monkeypatch):
     "Lines are written twice, the second time at another speed; even a note that was lost changes nothing"
@@ -134,6 +148,7 @@ def test_resumed_run_leaves_no_duplicate(server, tmp_path, monkeypatch):
     steps = [e.step for e in EventAccumulator(str(run/'tensorboard')).Reload().Scalars('loss')]
     assert steps == [r['images_seen'] for r in first if 'loss' in r]
 
+@pytest.mark.slow
 def test_no_secret_in_any_file(server, tmp_path):
     "What the environment holds is in no file of the run, and nothing is printed"
     run, secrets = begin(tmp_path/'run'), dict(MLFLOW_TRACKING_PASSWORD='pw-3f9a2c', MLFLOW_TRACKING_TOKEN='tk-77e0b1', WANDB_API_KEY='5c'*20)

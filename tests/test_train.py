@@ -117,6 +117,21 @@ def test_smaller_micro_batches():
     with pytest.raises(InputError, match='use a smaller unet.width'): _smaller_micro(replace(cfg, micro_batch=1), cfg, 1)
     with pytest.raises(InputError, match='cannot be shared by 3 processes'): check_share(cfg, 3)
 
+def test_memory_runs_out_once(tmp_path, monkeypatch):
+    "The step is repeated in halves, and is the same step"
+    import t2i_nb.train as train
+    calls, guarded = [], train.guarded_step
+    def short(engine, objective, data, cfg, state):
+        calls.append(cfg.micro_batch)
+        if len(calls) == 2: raise torch.OutOfMemoryError('no room')
+        return guarded(engine, objective, data, cfg, state)
+    trained(tmp_path/'enough')
+    monkeypatch.setattr(train, 'guarded_step', short)
+    messages = []
+    trained(tmp_path/'little', log=messages.append)
+    assert calls[:4] == [0, 0, 4, 4] and 'memory ran out: goes on in micro-batches of 4' in messages
+    assert max(abs(a - b) for (_, a), (_, b) in zip(trace(tmp_path/'enough'), trace(tmp_path/'little'))) < 1e-5
+
 def test_ends():
     from t2i_nb.train import _end_of
     cases = {('', 0, 16, 0., 0): '', ('', 90, 16, 0., 1): 'minutes', ('', 0, 16, .5, 1): 'dollars', ('', 0, 16, .4, 2): 'patience', ('', 90, 48_000, .5, 2): 'images'}
@@ -298,9 +313,10 @@ def what_is_left(run):
     return folder.name, files, numbers, trace
 
 @posix
-@pytest.mark.parametrize('micro, stage, job', ((0, 0, {}), (2, 0, {}), (0, 0, dict(world=2)), (2, 2, dict(world=2))))
-def test_killed_twenty_times(nursery, tmp_path, micro, stage, job):
-    "Weights, average, optimiser and every loss are those of the run that was left alone"
+@pytest.mark.parametrize('kills, micro, stage, job', (
+    (4, 0, 0, {}), *(pytest.param(20, *o, marks=pytest.mark.slow) for o in ((0, 0, {}), (2, 0, {}), (0, 0, dict(world=2)), (2, 2, dict(world=2))))))
+def test_killed_many_times(nursery, tmp_path, kills, micro, stage, job):
+    "Weights, EMA, optimiser and every loss are those of the run that was left alone"
     if stage and not find_spec('deepspeed'): pytest.skip('DeepSpeed is not installed')
     overrides, rng = [*SMALL, f'train.micro_batch={micro}', f'train.zero_stage={stage}'], random.Random(micro)
     if stage: overrides += ['train.n_images=240', 'train.checkpoint_images=40', 'train.validation_images=120'] # a checkpoint of ZeRO is slow
@@ -314,7 +330,7 @@ def test_killed_twenty_times(nursery, tmp_path, micro, stage, job):
         until = time.perf_counter() + start + seconds/3
         while not half_written() and time.perf_counter() < until: pass
         send(pids, signal.SIGKILL)
-    for k in range(20):
+    for k in range(kills):
         _, status, _ = nursery.train(run, overrides, while_saving if k % 4 == 3 else at_random, **job)
         assert status == -signal.SIGKILL, f'ended before kill {k}'
         halves += half_written()
@@ -334,6 +350,7 @@ def test_stopped_in_good_order(nursery, alone, tmp_path):
     nursery.train(run, SMALL)
     assert what_is_left(run) == alone
 
+@pytest.mark.slow
 @posix
 def test_no_room(nursery, alone, tmp_path):
     "A save that does not fit ends the run in one sentence, and leaves the checkpoints before it"
@@ -366,6 +383,7 @@ def test_a_hundred_damages(nursery, tmp_path):
         path.write_bytes(whole[path])
     assert newest_checkpoint(tmp_path) == newest
 
+@pytest.mark.slow
 @posix
 def test_the_command_is_asked_to_end(tmp_path):
     "`t2i train` saves and exits with 130 on SIGTERM, and a second process on the same run is refused"
@@ -379,6 +397,7 @@ def test_the_command_is_asked_to_end(tmp_path):
     assert first.returncode == 130 and 'SIGTERM: stopped and saved after' in said, said
     assert time.perf_counter() - begun < 10 and not (tmp_path/'run'/'pipeline').exists()
 
+@pytest.mark.slow
 def test_a_budget_in_minutes(tmp_path):
     "A run that is out of time is validated, saved and drawn from like one that is done"
     from t2i_nb.__main__ import main
@@ -389,6 +408,7 @@ def test_a_budget_in_minutes(tmp_path):
     assert newest_checkpoint(tmp_path).name == f"img-{rows[-1]['images_seen']:08d}" and len(checkpoint_folders(tmp_path)) in (2, 3) # two and the best
     assert main(['sample', str(tmp_path), 'a red flower', '--out', str(tmp_path/'a.png'), '--num-inference-steps', '2']) == 0
 
+@pytest.mark.slow
 @posix
 def test_a_budget_in_dollars(nursery, tmp_path):
     "All attempts are paid from one budget, what a kill cost is in the log, and the run ends in time with a whole checkpoint"
@@ -404,6 +424,7 @@ def test_a_budget_in_dollars(nursery, tmp_path):
     assert nursery.train(tmp_path, budget)[0] == dict(ended='dollars') and newest_checkpoint(tmp_path) == newest # nothing is left to spend
     assert [o['images_from'] % 80 for o in read_cost(tmp_path)['attempts'][:2]] == [0, 0]
 
+@pytest.mark.slow
 @posix
 def test_patience(nursery, tmp_path):
     "A run that gets no better ends, and its best checkpoint outlives newer ones"
@@ -412,7 +433,7 @@ def test_patience(nursery, tmp_path):
     assert [p.name for p in checkpoint_folders(tmp_path)] == ['img-00000080', 'img-00000240']
 
 @posix
-@pytest.mark.parametrize('first, then, stage', ((2, 1, 0), (1, 2, 0), (2, 1, 2), (1, 2, 2)))
+@pytest.mark.parametrize('first, then, stage', ((2, 1, 0), *(pytest.param(*o, marks=pytest.mark.slow) for o in ((1, 2, 0), (2, 1, 2), (1, 2, 2)))))
 def test_another_number_of_processes(nursery, tmp_path, first, then, stage):
     "A run goes on with another number of processes: the same draws, and losses that differ by the order of summation"
     if stage and not find_spec('deepspeed'): pytest.skip('DeepSpeed is not installed')
@@ -429,6 +450,7 @@ def test_another_number_of_processes(nursery, tmp_path, first, then, stage):
     assert 8*50 + int(switch[4:]) <= 640
     assert max(abs(a - b)/a for (n, a), (_, b) in zip(*losses) if n <= int(switch[4:]) + 400) < 1e-5
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='limits the address space')
 def test_memory_runs_out(nursery, tmp_path):
     "The step is taken in smaller micro-batches, and is the same step; where the recipe names one, a sentence says which fits"
@@ -442,6 +464,7 @@ def test_memory_runs_out(nursery, tmp_path):
     said = nursery.train(tmp_path/'named', [*large, 'train.micro_batch=512'], memory=150_000_000)[0]
     assert 'memory does not suffice for a micro-batch of 512; use train.micro_batch=256' in said['error'], said
 
+@pytest.mark.slow
 @posix
 def test_torchrun(tmp_path):
     "Two processes of the command: one speaks, one pipeline is left; a batch that cannot be shared is refused"
@@ -456,6 +479,7 @@ def test_torchrun(tmp_path):
     odd = subprocess.run([*launch, '--run-dir', str(tmp_path/'odd'), '--set', *SMALL, 'train.global_batch=9'], capture_output=True, text=True)
     assert odd.returncode and 't2i: train.global_batch 9 cannot be shared by 2 processes' in odd.stderr
 
+@pytest.mark.slow
 @posix
 def test_torchrun_is_asked_to_end(tmp_path):
     "SIGTERM to the launcher reaches its processes, and they save the step that they are in"
@@ -469,6 +493,7 @@ def test_torchrun_is_asked_to_end(tmp_path):
     steps = [r['images_seen'] for r in read_metrics(tmp_path/'run') if 'loss' in r]
     assert newest_checkpoint(tmp_path/'run').name == f'img-{steps[-1]:08d}' # nothing is lost
 
+@pytest.mark.slow
 def test_from_run_to_run(tmp_path):
     "A second run begins with the weights of the first; both are tracked, reported and compared, and a stopped one is drawn with"
     from t2i_nb.__main__ import main

@@ -1,4 +1,4 @@
-"Captioning models of random weights: the real classes in the real layout, with processor and tokenizer, and nothing to download"
+"Models of random weights: the real classes in the real layout, and nothing to download"
 import tokenizers, torch, transformers
 from t2i_nb.data import WORDS
 
@@ -46,3 +46,17 @@ def save_tiny_captioner(folder, family='florence2', seed=0):
         model, processor = dict(florence2=tiny_florence2, blip=tiny_blip)[family](words)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+def tiny_pipeline(width=32, prediction_type='flow', overrides=None, pixels=False, levels=0):
+    "An untrained denoiser between the shipped VAE and text encoder; without VAE, at 16 pixels, where `pixels`"
+    from t2i_nb.captions import load_text_encoder
+    from t2i_nb.objective import Objective, ObjectiveConfig
+    from t2i_nb.pipeline import build_pipeline
+    from t2i_nb.recipe import Components
+    from t2i_nb.unet import UNetConfig, build_unet
+    from t2i_nb.vae import VAEConfig, load_vae
+    tokenizer, text_encoder = load_text_encoder()
+    size, channels = (16, 3) if pixels else (8, 8)
+    unet = build_unet(UNetConfig(width=width, levels=levels, overrides=overrides or {}), size, channels, text_encoder.config.hidden_size)
+    vae = None if pixels else load_vae(VAEConfig())
+    return build_pipeline(unet.eval(), Components(tokenizer, text_encoder, vae), Objective(ObjectiveConfig(prediction_type=prediction_type)))

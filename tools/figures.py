@@ -19,20 +19,21 @@ def demo_evaluation(run_dir, out):
     shutil.copy(run_dir/'evaluation.json', out)
 
 def early_grids(run_dir, marks, grid_of):
-    "Sample grids of a run after so many images: every draw is keyed, so its first images can be trained again, and give the same weights"
+    "Sample grids and losses of a run's beginning: every draw is keyed, so its first images can be trained again, and give the same weights"
     from t2i_nb.recipe import load_components, prepare_data
     from t2i_nb.run import run_config
     from t2i_nb.train import averaged, train_steps
-    cfg, left, found = run_config(run_dir), sorted(marks), {}
+    cfg, left, found, losses = run_config(run_dir), sorted(marks), {}, []
     models = load_components(cfg)
     grid = grid_of(cfg, models)
     data, val = (prepare_data(cfg, models, split, run_dir/'cache') for split in ('train', 'validation'))
     quick = replace(cfg, train=replace(cfg.train, validation_images=0, checkpoint_images=0))
     with tempfile.TemporaryDirectory() as tmp:
         for state in train_steps(quick, Path(tmp)/'run', models, data, val):
+            losses.append((state.images_seen, state.loss_ema))
             while left and state.images_seen >= left[0]:
                 found[left.pop(0)] = grid(averaged(state.unet, state.ema), state.images_seen)
-            if not left: return found, lambda unet: grid(unet, 0)
+            if not left: return found, losses, lambda unet: grid(unet, 0)
 
 def samples_over_time(run_dir, out, marks=(1_000, 5_000)):
     "The loss of a run, and the same prompts and noise drawn early, later and at its end"
@@ -43,12 +44,12 @@ def samples_over_time(run_dir, out, marks=(1_000, 5_000)):
     from t2i_nb.evaluation import score_prompts
     from t2i_nb.pipeline import grid_maker, load_pipeline
     rows = read_metrics(run_dir)
-    grids, draw = early_grids(run_dir, marks, lambda cfg, models: grid_maker(cfg, models, score_prompts(8, True, purpose='grid')[0]))
+    grids, early, draw = early_grids(run_dir, marks, lambda cfg, models: grid_maker(cfg, models, score_prompts(8, True, purpose='grid')[0]))
     grids[rows[-1]['images_seen']] = draw(load_pipeline(run_dir).unet)
     fig, axes = plt.subplots(1 + len(grids), figsize=(7.4, 2 + 1.1*len(grids)), dpi=100, height_ratios=[2] + [1]*len(grids), layout='constrained')
-    for name, style, label in (('loss', dict(color='0.65', lw=1), 'training'), ('validation_loss', dict(color='0', marker='o', ms=4), 'validation')):
-        points = [(r['images_seen'], r[name]) for r in rows if name in r]
-        axes[0].plot(*zip(*points), label=label, **style)
+    later = [(r['images_seen'], r['loss']) for r in rows if 'loss' in r and r['images_seen'] > early[-1][0]]
+    axes[0].plot(*zip(*early, *later), color='0.65', lw=1, label='training')
+    axes[0].plot(*zip(*[(r['images_seen'], r['validation_loss']) for r in rows if 'validation_loss' in r]), color='0', marker='o', ms=4, label='validation')
     for n in grids: axes[0].axvline(n, color='0.3', lw=.8, ls=':')
     axes[0].set(xlabel='images seen', ylabel='loss', xlim=(0, rows[-1]['images_seen']*1.01))
     axes[0].legend(fontsize=8)
