@@ -432,7 +432,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     't2i_nb.onnx_export.OnnxBackend.__call__': ('onnx.html#onnxbackend.__call__', 't2i_nb/onnx_export.py'),
                                     't2i_nb.onnx_export.OnnxBackend.__init__': ('onnx.html#onnxbackend.__init__', 't2i_nb/onnx_export.py'),
                                     't2i_nb.onnx_export._as_module': ('onnx.html#_as_module', 't2i_nb/onnx_export.py'),
-                                    't2i_nb.onnx_export._attend': ('onnx.html#_attend', 't2i_nb/onnx_export.py'),
                                     't2i_nb.onnx_export._cross_attentions': ('onnx.html#_cross_attentions', 't2i_nb/onnx_export.py'),
                                     't2i_nb.onnx_export._export_graphs': ('onnx.html#_export_graphs', 't2i_nb/onnx_export.py'),
                                     't2i_nb.onnx_export._flatten': ('onnx.html#_flatten', 't2i_nb/onnx_export.py'),

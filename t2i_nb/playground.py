@@ -129,6 +129,7 @@ def unknown_words(model:LoadedModel, prompt:str)->list:
     file = model.folder/'tokenizer'/'tokenizer.json'
     if not file.is_file(): return []
     fast, words = tokenizers.Tokenizer.from_file(str(file)), dict.fromkeys(re.findall(r'[^\W\d_]+', prompt))
+    fast.no_padding()
     return [w for w in words if len(fast.encode(w, add_special_tokens=False).ids) > 1]
 
 # %% ../nbs/06d_playground.ipynb #193fb7fa
@@ -424,9 +425,9 @@ def _img(png, alt, style='width:256px;max-width:100%;margin:2px'):
 def _arrange(panel):
     "The widgets of a panel in two columns, one below the other where the window is narrow"
     f, b, W, wrap = panel.fields, panel.buttons, widgets, widgets.Layout(flex_flow='row wrap')
-    left = [panel.example, f['prompt'], f['negative_prompt'], W.HBox([f['seed'], b['dice'], panel.lock]), panel.n_images,
-            *list(f.values())[3:], W.HBox([b[k] for k in ('generate', 'cancel', 'compare', 'save')], layout=wrap),
-            W.HBox([b['fit'], panel.limit, W.Label('ms')])]
+    left = [panel.example, f['prompt'], f['negative_prompt'], W.HBox([f['seed'], b['dice'], panel.lock]),
+            panel.n_images, *list(f.values())[3:], W.HBox([b['generate'], b['cancel'], b['compare']]),
+            W.HBox([b['save'], b['fit'], panel.limit, W.Label('ms')])]
     right = [W.HBox([panel.pinned, panel.image], layout=wrap), panel.progress, panel.status, panel.about, panel.gallery]
     return W.Box([W.VBox(left, layout=W.Layout(flex='0 0 340px')),
                   W.VBox(right, layout=W.Layout(flex='1 1 300px', min_width='0'))], layout=wrap)
@@ -443,17 +444,17 @@ class Playground:
         look = dict(layout=L(width='318px'), style=dict(description_width='76px'))
         f = self.fields = {k: getattr(W, kind)(description=LABELS[k], **look, **more)
                            for k, (kind, more) in _panel_fields(model, self.state.backends).items()}
-        b = self.buttons = {k: W.Button(description=text, icon=icon, tooltip=tip, layout=L(width='auto' if text else '40px'))
-                            for k, (text, icon, tip) in BUTTONS.items()}
+        b = self.buttons = {k: W.Button(description=text, icon=icon, tooltip=tip,
+                            layout=L(width='auto' if text else '40px')) for k, (text, icon, tip) in BUTTONS.items()}
         for k, button in b.items(): button.on_click(lambda _, act=getattr(self, k): act())
         self.lock = W.ToggleButton(icon='lock', tooltip='keep the seed', layout=L(width='40px'))
         self.example = W.Dropdown(description='examples', options=['', *(model.examples if model else ())], **look)
         self.example.observe(self.take_example, 'value')
         self.n_images = W.Dropdown(description='images', options=[1, 2, 3, 4], **look)
-        self.limit, self.progress = W.FloatText(200, layout=L(width='90px')), W.FloatProgress(max=1, layout=L(width='98%'))
+        self.limit, self.progress = W.FloatText(200, layout=L(width='70px')), W.FloatProgress(max=1)
         self.status, self.about, self.gallery = W.HTML(), W.HTML(), W.Box(layout=L(flex_flow='row wrap'))
         self.pinned, self.image = W.HTML(), W.HTML()
-        f['seed'].layout, b['generate'].button_style = L(width='230px'), 'primary'
+        f['seed'].layout, self.progress.layout, b['generate'].button_style = L(width='230px'), L(width='98%'), 'primary'
         self.box = _arrange(self)
         self.update()
     def show(self): display(self.box)

@@ -144,6 +144,14 @@ def test_one_click_draws_several_images_from_the_seeds_that_follow(run, tmp_path
     generate_images(state)
     assert len(state.history) == 5 and state.status == 'stopped'
 
+def test_unknown_words_do_not_depend_on_padding(run, tmp_path):
+    import tokenizers
+    shutil.copytree(run/'pipeline'/'tokenizer', tmp_path/'tokenizer')
+    padded = tokenizers.Tokenizer.from_file(str(tmp_path/'tokenizer'/'tokenizer.json'))
+    padded.enable_padding(length=28)
+    padded.save(str(tmp_path/'tokenizer'/'tokenizer.json'))
+    assert unknown_words(replace(find_model(run), folder=tmp_path), 'A large red flower, a banana') == ['banana']
+
 def test_saved_images_carry_their_recipe(run):
     from t2i_nb.provenance import read_provenance
     state = open_state(run, dict(torch=pretend))

@@ -254,7 +254,6 @@ def test_a_prior_at_level_1_changes_nothing_and_keeps_the_seed(pipeline):
     assert (noise - whole).abs().max() < 2e-2 < (noise - late).abs().max() # one timestep of the start is left at level 1
 
 def test_classes_are_found_by_name():
-    import torch
     from types import SimpleNamespace
     from t2i_nb.sampling import class_labels
     two = SimpleNamespace(config=dict(class_names=['rose', 'tea rose']))
