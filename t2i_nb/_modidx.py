@@ -710,6 +710,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                't2i_nb.recipe.TrainingData': ('recipe.html#trainingdata', 't2i_nb/recipe.py'),
                                't2i_nb.recipe.TrainingData.__len__': ('recipe.html#trainingdata.__len__', 't2i_nb/recipe.py'),
                                't2i_nb.recipe._caption_rows': ('recipe.html#_caption_rows', 't2i_nb/recipe.py'),
+                               't2i_nb.recipe._check_ends': ('recipe.html#_check_ends', 't2i_nb/recipe.py'),
                                't2i_nb.recipe._check_same': ('recipe.html#_check_same', 't2i_nb/recipe.py'),
                                't2i_nb.recipe._check_train': ('recipe.html#_check_train', 't2i_nb/recipe.py'),
                                't2i_nb.recipe._image_classes': ('recipe.html#_image_classes', 't2i_nb/recipe.py'),

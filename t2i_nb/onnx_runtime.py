@@ -465,7 +465,7 @@ def guided_prediction(
 
 # %% ../nbs/06e_runtime.ipynb #849e914b
 class DrawingCancelled(Exception):
-    "The callback asked to stop"
+    "The callback returned True"
 
 def draw_latents(
     pipeline,                        # OnnxPipeline

@@ -78,9 +78,22 @@ def recipe_factor(cfg:VAEConfig)->int:
     file = (pretrained_dir()/'vae' if cfg.name == 'tiny' else Path(cfg.name))/'config.json'
     return vae_factor(json.loads(file.read_text())) if file.is_file() else 0
 
-# %% ../nbs/03f_recipe.ipynb #6efc1b35
+# %% ../nbs/03f_recipe.ipynb #281a6ac9
 LR_SCHEDULES = ('constant', 'cosine', 'onecycle')
 
+# %% ../nbs/03f_recipe.ipynb #c7f40982
+def _check_ends(t:TrainConfig):
+    "Refuse ends and intervals that cannot work"
+    if t.keep_checkpoints < 1: raise InputError(f"train.keep_checkpoints is {t.keep_checkpoints}; use 1 or more")
+    for name in ('max_minutes', 'max_dollars', 'dollars_per_hour', 'checkpoint_minutes', 'patience'):
+        if getattr(t, name) < 0: raise InputError(f"train.{name} is {getattr(t, name)}; use 0 for none, or more")
+    if t.max_dollars and not t.dollars_per_hour:
+        raise InputError(f"train.max_dollars is {t.max_dollars}, and the price of an hour is not known; "
+                         "set train.dollars_per_hour, too")
+    if t.n_images < t.global_batch:
+        raise InputError(f"train.n_images {t.n_images} is less than one batch of {t.global_batch}")
+
+# %% ../nbs/03f_recipe.ipynb #6efc1b35
 def _check_train(t:TrainConfig):
     "Refuse settings of the training that cannot work"
     micro = t.micro_batch or t.global_batch
@@ -92,14 +105,7 @@ def _check_train(t:TrainConfig):
             raise InputError(f"train.{name} is {getattr(t, name)!r}; use one of {', '.join(map(str, known))}")
     if not 0 <= t.caption_dropout < 1:
         raise InputError(f"train.caption_dropout is {t.caption_dropout}; use a share in [0, 1)")
-    if t.keep_checkpoints < 1: raise InputError(f"train.keep_checkpoints is {t.keep_checkpoints}; use 1 or more")
-    for name in ('max_minutes', 'max_dollars', 'dollars_per_hour', 'checkpoint_minutes', 'patience'):
-        if getattr(t, name) < 0: raise InputError(f"train.{name} is {getattr(t, name)}; use 0 for none, or more")
-    if t.max_dollars and not t.dollars_per_hour:
-        raise InputError(f"train.max_dollars is {t.max_dollars}, and the price of an hour is not known; "
-                         "set train.dollars_per_hour, too")
-    if t.n_images < t.global_batch:
-        raise InputError(f"train.n_images {t.n_images} is less than one batch of {t.global_batch}")
+    _check_ends(t)
 
 # %% ../nbs/03f_recipe.ipynb #d6aea447
 def check_run(

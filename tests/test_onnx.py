@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from t2i_nb.captions import encode_prompts
 from t2i_nb.core import InputError, to_pil
-from t2i_nb.onnx_export import (ONNX_PRECISIONS, OnnxBackend, check_parity, check_precision, check_target, check_unet, export_pipeline, find_exported, graph_error,
+from t2i_nb.onnx_export import (ONNX_PRECISIONS, OnnxBackend, check_parity, check_precision, check_target, check_unet, describe_latents, export_pipeline, find_exported, graph_error,
                                 graph_file, graph_tolerance, open_folder, probes, reduce_graph)
 from t2i_nb.onnx_runtime import (SOLVERS, DrawingCancelled, Noise, OnnxPipeline, Plan, Refused, alphas_cumprod, decode, draw_latents, generate_main, guided_prediction,
                                  latents_to_draw, open_graph, parse, plan, randn, to_images)
@@ -152,6 +152,15 @@ def test_the_playground_draws_with_it_and_cancels(run):
     with pytest.raises(Cancelled): backend(s, lambda n, look: n == 2)
     with pytest.raises(DrawingCancelled): draw_latents(backend.loaded, ['a'], [0], 4, callback=lambda *a: True)
 
+def test_latents_of_pixel_space_unfold_as_in_torch():
+    from types import SimpleNamespace
+    from t2i_nb.vae import unfold_pixels
+    z, pipe = randn(0, (2, 12, 4, 6)), SimpleNamespace(manifest=dict(latents=dict(vae=False)))
+    np.testing.assert_array_equal(decode(pipe, z), unfold_pixels(torch.as_tensor(z)).numpy())
+    pixels = tiny_pipeline(16, 'epsilon', pixels=True, levels=1)
+    assert describe_latents(pixels) == dict(vae=False, channels=3, height=16, width=16, factor=1, multiple=1, scaling_factor=1., shift_factor=0.)
+
+@pytest.mark.slow
 def test_pixels_without_a_vae(tmp_path):
     pipeline = tiny_pipeline(16, 'epsilon', pixels=True, levels=1)
     m = export_pipeline(pipeline, tmp_path/'onnx', defaults=dict(num_inference_steps=4, guidance_scale=1.5, sampler='ddim'))

@@ -169,8 +169,8 @@ def test_the_panel_reads_its_widgets_and_describes_its_images(run):
     assert panel.fields['prompt'].value == panel.example.options[1] and not panel.lock.value
     for press in ('generate', 'compare', 'save'):
         panel.buttons[press].click()
-        wait_until(lambda: not panel.state.busy)
-    assert len(panel.gallery.children) == 2 and panel.state.status.startswith('saved as')
+        wait_until(lambda: len(panel.gallery.children) == 2 and not panel.buttons['generate'].disabled) # the thread's last update
+    assert panel.state.status.startswith('saved as')
     shown = [panel.image, panel.pinned, *(o.children[0] for o in panel.gallery.children)]
     assert all(re.match(r'<img alt="[^"]+" style="[^"]*" src="data:image/png;base64,', o.value) for o in shown)
     assert all(b.description or b.tooltip for b in [*panel.buttons.values(), panel.lock]) and all(o.children[1].tooltip for o in panel.gallery.children)

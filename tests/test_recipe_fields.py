@@ -141,7 +141,6 @@ CHANGES = { # field: another value, what to look at, and what the recipe needs f
     'vae_train.l1_weight': (1, vae_training, []), 'vae_train.kl_weight': (1, vae_training, []), 'vae_train.ema_decay': (0, vae_training, []),
     'vae_train.seed': (2, vae_training, []), 'vae_train.kl_warmup': (1, vae_training, []), 'vae_train.feature_weight': (1, vae_training, OWN_MAPS),
     'vae_train.feature_network': ('test_recipe_fields:other_maps', vae_training, [*OWN_MAPS, 'vae_train.feature_weight=1']),
-    'vae_train.n_drawings': (7, vae_command, []), 'vae_train.start': ('tiny', vae_command, []),
     'unet.width': (16, network, []), 'unet.levels': (1, network, []), 'unet.layers_per_block': (2, network, []), 'unet.head_dim': (4, network, []),
     'unet.attention_size': (4, network, []), 'unet.overrides': ('{{"resnet_time_scale_shift": "scale_shift"}}', network, []),
     'objective.prediction_type': ('epsilon', objective, []), 'objective.beta_schedule': ('linear', objective, ['objective.prediction_type=epsilon']),
