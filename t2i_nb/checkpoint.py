@@ -8,7 +8,6 @@ __all__ = ['OLD_KEYS', 'WEIGHTS', 'write_folder', 'save_checkpoint', 'is_valid',
            'find_weights', 'warm_start', 'read_cost', 'CostLog', 'open_cost_log', 'cost_summary']
 
 # %% ../nbs/03d_checkpoint.ipynb #c07a9230
-import hashlib
 import json
 import os
 import shutil
@@ -72,8 +71,7 @@ def save_checkpoint(
 # %% ../nbs/03d_checkpoint.ipynb #f6c0ba05
 def _digest(path:Path, digits:int)->str:
     "A file's digest as a manifest has it: 32 digits of BLAKE2b in checkpoints of earlier versions"
-    if digits != 32: return file_digest(path)
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'blake2b').hexdigest()[:digits]
+    return file_digest(path, digits, 'blake2b' if digits == 32 else 'sha256')
 
 # %% ../nbs/03d_checkpoint.ipynb #38de278e
 def is_valid(folder:Path)->bool:

@@ -309,9 +309,9 @@ def only_writer(out:Path, instead:str='name another file'):
     finally: lock.release()
 
 # %% ../nbs/00_core.ipynb #616ff424
-def file_digest(path, length:int=64)->str: # so many hexadecimal digits
-    "The SHA-256 of a file's content"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:length]
+def file_digest(path, length:int=64, algorithm:str='sha256')->str: # so many hexadecimal digits
+    "The digest of a file's content"
+    with open(path, 'rb') as f: return hashlib.file_digest(f, algorithm).hexdigest()[:length]
 
 # %% ../nbs/00_core.ipynb #de1623d3
 def weights_digest(*parts)->str: # 16 hexadecimal digits
@@ -361,5 +361,6 @@ def best_device()->str: # 'cuda', 'mps' or 'cpu'
 # %% ../nbs/00_core.ipynb #dc64157e
 def out_of_memory(error:Exception)->bool:
     "Did a step fail for lack of memory?"
-    words = ("can't allocate memory", 'could not create a primitive') # torch's on a CPU, and oneDNN's
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)
+    words = ('out of memory', "can't allocate memory", 'could not create a primitive') # a GPU's, a CPU's, oneDNN's
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)): return True
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in words)

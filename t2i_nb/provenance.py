@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from .core import InputError, image_grid, lazy, nearest, only_writer, replace_file, whole
+from .core import InputError, file_digest, image_grid, lazy, nearest, only_writer, replace_file, whole
 from .objective import SAMPLERS
 from .sampling import sample_images
 
@@ -29,7 +29,7 @@ def _digest_of(path:str, size:int, mtime:int)->str: # size in bytes and time in 
     if path.endswith('scheduler_config.json'):
         settings = {k: v for k, v in json.loads(Path(path).read_text(encoding='utf-8')).items() if k[0] != '_'}
         return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    with open(path, 'rb') as f: return hashlib.file_digest(f, hashlib.blake2b).hexdigest()
+    return file_digest(path, 128, 'blake2b')
 
 # %% ../nbs/06c_provenance.ipynb #de3f3696
 _DIGESTED = ('.safetensors', '.bin', 'tokenizer.json', 'vocab.json', 'merges.txt', 'scheduler_config.json')

@@ -8,7 +8,6 @@ __all__ = ['IMAGE_SUFFIXES', 'KNOWN_SETS', 'HAIR', 'FACE', 'WEARING', 'ADJECTIVE
 
 # %% ../nbs/00b_sources.ipynb #93416e37
 import csv
-import hashlib
 import io
 import json
 import numpy as np
@@ -20,7 +19,7 @@ import zipfile
 from PIL import Image
 from dataclasses import dataclass, replace
 from pathlib import Path
-from .core import InputError, keyed_rng, lazy, load_function, nearest
+from .core import InputError, file_digest, keyed_rng, lazy, load_function, nearest
 from .data import SPLITS, DataConfig, ImageCaptionDataset, check_split, toy_flowers
 
 # %% ../nbs/00b_sources.ipynb #fef9b47d
@@ -333,7 +332,7 @@ def _download(url, path, md5, progress=iter):
                 raise InputError(f"{url} cannot be downloaded: {e}; "
                                  "the same command goes on from what is there") from None
         os.replace(part, path)
-    with path.open('rb') as f: found = hashlib.file_digest(f, 'md5').hexdigest()
+    found = file_digest(path, algorithm='md5')
     if found != md5:
         path.unlink()
         raise InputError(f"{url} arrived damaged: its MD5 is {found} instead of {md5}; it was deleted, "

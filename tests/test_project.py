@@ -39,9 +39,9 @@ def test_every_requirement_is_bounded_and_pinned(project):
                 assert '>=' in o and ',<' in o, f'{o} in settings.ini has no bounds'
                 if section == 'dependencies': assert re.match(r'[\w.-]+', o)[0] in pins, f'{o} is not pinned in constraints.txt'
 
-def test_readme_names_the_pinned_torch(project):
+def test_install_names_the_pinned_torch(project):
     pin = next(o for o in words((project/'constraints.txt').read_text(encoding='utf-8')) if o.startswith('torch=='))
-    assert set(re.findall(r'torch==[\w.]+', (project/'README.md').read_text(encoding='utf-8'))) == {pin}
+    assert set(re.findall(r'torch==[\w.]+', (project/'nbs'/'install.ipynb').read_text(encoding='utf-8'))) == {pin}
 
 def test_quarto_configuration_is_one_file(project):
     link = project/'nbs'/'_quarto.yml'

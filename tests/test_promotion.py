@@ -3,7 +3,8 @@ import gzip, io, os, random, re, shutil, signal, socket, subprocess, sys, tarfil
 import pytest
 from servers import MlflowServer, MotoServer
 from t2i_nb.core import InputError, apply_overrides, find_recipe, load_config, save_config
-from t2i_nb.promotion import Candidate, Limits, Registry, check_comparable, check_eval, check_draws, make_eval, model_name, paired_test, promote_model, read_model, reason, unpack
+from t2i_nb.candidate import Candidate, Limits, read_model, unpack
+from t2i_nb.promotion import Registry, check_comparable, check_eval, check_draws, make_eval, model_name, paired_test, promote_model, reason
 from t2i_nb.recipe import RunConfig
 
 mlflow = pytest.importorskip('mlflow')

@@ -138,6 +138,7 @@ CHANGES = { # field: another value, what to look at, and what the recipe needs f
     'vae.name': ('tiny', prepared, []), 'vae.patch': (2, prepared, []), 'vae.block_out_channels': ('[8, 32]', vae, LEVELS),
     'vae.latent_channels': (2, vae, LEVELS), 'vae.layers_per_block': (2, vae, LEVELS), 'vae.norm_num_groups': (2, vae, LEVELS),
     'vae_train.n_images': (12, vae_training, []), 'vae_train.batch': (2, vae_training, []), 'vae_train.lr': (1e-4, vae_training, []),
+    'vae_train.n_drawings': (7, vae_command, []),
     'vae_train.l1_weight': (1, vae_training, []), 'vae_train.kl_weight': (1, vae_training, []), 'vae_train.ema_decay': (0, vae_training, []),
     'vae_train.seed': (2, vae_training, []), 'vae_train.kl_warmup': (1, vae_training, []), 'vae_train.feature_weight': (1, vae_training, OWN_MAPS),
     'vae_train.feature_network': ('test_recipe_fields:other_maps', vae_training, [*OWN_MAPS, 'vae_train.feature_weight=1']),
