@@ -362,7 +362,7 @@ def evaluate(
 def export(
     run_dir:Path,             # a run, or a folder in diffusers' layout
     out:Path=None,            # folder to write; onnx/ in the run if not given
-    precision:str='float32',  # float32, float16 (for GPUs) or int8 (small files)
+    precision:str='float32',  # float32, float16 (for GPUs, the smallest) or int8 (matrix products only)
 )->dict:                      # the folder, and how far it is from torch
     "Write a pipeline as ONNX graphs that draw without torch, with the proof that they agree"
     out = export_run(run_dir, out, precision, tell)

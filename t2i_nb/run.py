@@ -317,7 +317,7 @@ def evaluate(self:Run,
 def export_run(
     run_dir,                 # a run, or a folder in diffusers' layout
     out=None,                # folder to write; onnx/ in the run if None
-    precision:str='float32', # float32, float16 (for GPUs) or int8 (small files)
+    precision:str='float32', # float32, float16 (for GPUs, the smallest) or int8 (matrix products only)
     log=lambda text: None    # called with a sentence
 )->Path:                     # the folder
     "Write a pipeline as ONNX graphs that draw without torch, each compared with torch"

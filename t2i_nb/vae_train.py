@@ -10,12 +10,13 @@ __all__ = ['VAETrainConfig', 'feature_distance', 'load_efficientnet', 'feature_m
 import contextlib
 import io
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from .core import (InputError, Tensor, keyed_generator, lazy, load_function, replace_file, to_dict,
                           weights_digest)
-from .vae import VAEConfig, build_vae, check_size, fold_statistics, load_vae, measure_latents
+from .vae import VAEConfig, build_vae, check_size, fold_statistics, load_vae, measure_latents, vae_factor
 
 # %% ../nbs/02b_vae_train.ipynb #a44b8749
 torch, F, diffusers = lazy('torch'), lazy('torch.nn.functional'), lazy('diffusers')
@@ -247,7 +248,7 @@ def _inner_decode(vae, z, level):
 # %% ../nbs/02b_vae_train.ipynb #57c82cbc
 def _train_inner(vae, shallow, pixels, cfg, folder=None, device='cpu', every=100):
     "Teach the inside of `vae`, as `_grow_vae` made it, to replace that of `shallow`; yields what `train_vae` yields"
-    level, into, out = len(shallow.config.block_out_channels) - 1, [], []
+    level, into, out = int(math.log2(vae_factor(shallow))), [], []
     with torch.no_grad():
         for p in pixels.split(64):
             h = _outer_encode(shallow, p.float()/127.5 - 1, level)
