@@ -350,14 +350,18 @@ def user_session(browser, keep=lambda name: None, steps='300'):
 def find_program(variable, *names):
     return os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
 
+def jupyter_lab():
+    beside = Path(sys.executable).with_name('jupyter-lab')
+    return str(beside) if beside.is_file() else find_program('T2I_JUPYTER_LAB', 'jupyter-lab')
+
+def chromium(): return find_program('T2I_CHROMIUM', 'chromium', 'chromium-browser', 'google-chrome')
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='process groups of POSIX')
 def test_in_jupyterlab(run, tmp_path):
-    beside = Path(sys.executable).with_name('jupyter-lab')
-    lab = str(beside) if beside.is_file() else find_program('T2I_JUPYTER_LAB', 'jupyter-lab')
-    chromium = find_program('T2I_CHROMIUM', 'chromium', 'chromium-browser', 'google-chrome')
+    lab, browser_path = jupyter_lab(), chromium()
     if not lab: pytest.skip('no JupyterLab: pip install jupyterlab, or set T2I_JUPYTER_LAB to one in an environment that also has ipywidgets')
-    if not chromium: pytest.skip('no Chromium: install it, or set T2I_CHROMIUM')
+    if not browser_path: pytest.skip('no Chromium: install it, or set T2I_CHROMIUM')
     for name in ('ipykernel', 'tornado'): pytest.importorskip(name)
     from t2i_nb.commands import export
     export(run)
@@ -366,7 +370,7 @@ def test_in_jupyterlab(run, tmp_path):
         process, address = start_lab(lab, tmp_path/f'lab{attempt}', cell)
         browser = None
         try:
-            browser = Browser(chromium, tmp_path/f'profile{attempt}')
+            browser = Browser(browser_path, tmp_path/f'profile{attempt}')
             if not open_panel(browser, address): continue
             return user_session(browser)
         finally:

@@ -60,7 +60,49 @@ def samples_over_time(run_dir, out, marks=(1_000, 5_000)):
     fig.savefig(out)
     plt.close(fig)
 
-FIGURES = {'demo_grid.png': demo_grid, 'demo_evaluation.json': demo_evaluation, 'samples_over_time.png': samples_over_time}
+def favicon(run_dir, out):
+    "A drawn flower, as the site's icon"
+    import random
+    from t2i_nb.data import draw_flower
+    attributes = dict(colour='red', shape='round', count='6', centre='yellow', background='meadow', size='large')
+    draw_flower(attributes, random.Random(0)).save(out)
+
+def playground(run_dir, out):
+    "The panel in a real JupyterLab after a few drawings; needs JupyterLab and Chromium"
+    import base64, time
+    sys.path.insert(0, str(root/'tests'))
+    import test_playground as lab
+    jupyter, chromium = lab.jupyter_lab(), lab.chromium()
+    if not (jupyter and chromium): return print(f'{out} is left as it is: JupyterLab and Chromium are needed')
+    with tempfile.TemporaryDirectory() as tmp:
+        cell = f'from t2i_nb.run import open_playground\nopen_playground({str(Path(run_dir).resolve())!r})'
+        process, address = lab.start_lab(jupyter, Path(tmp)/'lab', cell)
+        browser = lab.Browser(chromium, Path(tmp)/'profile')
+        try:
+            lab.open_panel(browser, address, 180)
+            browser.choose('examples', 'a small blue flower with twelve pointed petals')
+            browser.choose('images', '4')
+            browser.click('button("Generate")')
+            browser.until('says("ms: text") && thumbs().length == 4', 180)
+            browser.click('thumbs().at(-1)')
+            browser.until('says("settings of image 1")')
+            browser.click('button("Compare")')
+            browser.choose('images', '1')
+            browser.type('steps', '4')
+            browser.click('button("Generate")')
+            browser.until('thumbs().length == 5 && says("ms: text")', 120)
+            browser.js('jupyterapp.shell.collapseLeft()')
+            browser.send('Emulation.setDeviceMetricsOverride', width=1100, height=1000, deviceScaleFactor=1, mobile=False)
+            time.sleep(2)
+            x, y, w, h = browser.js('(r => [r.x, r.y, r.width, r.height])(document.querySelector(".jp-OutputArea-output").getBoundingClientRect())')
+            shot = browser.send('Page.captureScreenshot', format='png', clip=dict(x=x, y=y, width=w, height=h, scale=1))
+            out.write_bytes(base64.b64decode(shot['data']))
+        finally:
+            browser.close()
+            lab.stop(process)
+
+FIGURES = {'favicon.png': favicon, 'demo_grid.png': demo_grid, 'demo_evaluation.json': demo_evaluation, 'samples_over_time.png': samples_over_time,
+    'playground.png': playground}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
