@@ -80,3 +80,8 @@ def test_the_code_on_the_card_draws(run, tmp_path, monkeypatch, space):
     monkeypatch.chdir(folder)
     with contextlib.redirect_stderr(io.StringIO()): exec(code, found := {})
     assert found['image'].size == ((64, 64) if space == 'latents' else (16, 16)) and (folder/'image.png').is_file()
+
+def test_the_first_score_is_of_combinations_never_trained(run):
+    e = load_evaluation(run[0])
+    row = next(l for l in model_card(run[0]).splitlines() if 'combinations never trained' in l and 'All six' not in l)
+    assert f"{e.adherence['held_out']:.3g}" in row and f"{e.adherence['seen']:.3g}" not in row

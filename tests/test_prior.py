@@ -74,3 +74,11 @@ def test_priors_of_an_older_version_load(training, pipeline, tmp_path):
     config['made_for']['text_encoder'] = 'b5086c20c0214654ce07851b2797a8d6'
     (tmp_path/'config.json').write_text(json.dumps(config))
     check_prior(load_prior(tmp_path), pipeline(4))
+
+def test_samples_have_the_deviation_that_is_predicted(monkeypatch):
+    "A log variance of log 4 is a deviation of 2, not a variance of 4 as one"
+    prior = SimpleNamespace(net=torch.nn.Identity(), shape=(4, 8, 8))
+    monkeypatch.setattr('t2i_nb.prior._moments', lambda prior, x: (torch.zeros(len(x), *prior.shape), torch.full((len(x), *prior.shape), 4.).log()))
+    monkeypatch.setattr('t2i_nb.prior._pool', lambda embeddings: embeddings)
+    drawn = sample_prior(prior, torch.zeros(32, 1), [torch.Generator().manual_seed(i) for i in range(32)])
+    assert abs(drawn.std().item() - 2) < .1

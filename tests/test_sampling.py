@@ -469,3 +469,13 @@ def test_an_image_of_an_image(run, tmp_path, capsys):
 def test_unwritable_folders(run, pipeline, tmp_path):
     (tmp_path/'file').write_text('')
     with pytest.raises(InputError, match='cannot be made a folder'): draw_folder(None, [], tmp_path/'file', None)
+
+def test_another_image_is_not_the_same():
+    "Recreating compares what is drawn with what is shown: 45 dB and more is rounding"
+    from PIL import Image
+    from t2i_nb.provenance import _compare, _facts_digest, pixel_digest
+    shown, rounded, other = (Image.new('RGB', (8, 8), (v, 0, 0)) for v in (100, 101, 140))
+    facts = dict(start='', pipeline='p', pixels=pixel_digest(shown))
+    facts['digest'] = _facts_digest(facts)
+    assert _compare(facts, shown, rounded, 'p', '').same and not _compare(facts, shown, other, 'p', '').same
+    assert 'another image' in _compare(facts, shown, other, 'p', '').verdict

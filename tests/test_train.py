@@ -508,3 +508,9 @@ def test_from_run_to_run(tmp_path):
     assert main(['report', str(second)]) == 0 and (second/'flight.png').is_file() and (second/'progress.gif').is_file()
     if not find_spec('tensorboard'): return
     assert main(['track', str(first), '--to', 'tensorboard']) == 0 and any((first/'tensorboard').iterdir())
+
+def test_validation_images_are_not_mirrored():
+    from t2i_nb.recipe import load_components, prepare_data
+    cfg = apply_overrides(recipe(), ['data.n_images=4', 'data.flip=true'])
+    models = load_components(cfg)
+    assert [len(prepare_data(cfg, models, split).flips) for split in ('train', 'validation')] == [2, 0]
