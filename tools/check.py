@@ -1,6 +1,7 @@
 "What `make test` runs, in order; a later step runs even where an earlier one failed. `python tools/check.py [step …]` runs some of them."
 import ast, os, re, subprocess, sys, time
 from pathlib import Path
+import yaml
 from fastcore.nbio import nb2str, read_nb
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
@@ -35,20 +36,28 @@ def never_fails(source):
     return any(isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and getattr(n.value.func, 'id', '') == 'expect_fail'
         for n in ast.walk(ast.parse(lines)))
 
+def options_are_yaml(source):
+    "Can Quarto read the options `#| key: value` of a cell?"
+    options = [l[2:].strip() for l in source.splitlines() if l.startswith('#|') and ': ' in l]
+    try: return all(isinstance(yaml.safe_load(o), dict) for o in options)
+    except yaml.YAMLError: return False
+
 def notebooks():
     "The notebooks are clean, and show no error, no progress bar and no check that cannot fail"
-    untidy, broken, noisy, idle = [], [], [], []
+    untidy, broken, noisy, idle, odd = [], [], [], [], []
     for o in pages():
         nb = read_nb(o)
         outputs = [out for c in nb.cells for out in c.get('outputs', [])]
         if any(out.output_type == 'error' for out in outputs): broken.append(o.name)
         if any('it/s]' in ''.join(out.get('text', '')) for out in outputs): noisy.append(o.name)
         idle += [f'{o.name} #{c.id}' for c in nb.cells if c.cell_type == 'code' and never_fails(c.source)]
+        odd += [f'{o.name} #{c.id}' for c in nb.cells if c.cell_type == 'code' and not options_are_yaml(c.source)]
         clean_nb(nb)
         if nb2str(nb) != text(o): untidy.append(o.name)
     return (say(not untidy, f'Not clean: {", ".join(untidy)}. Give `nbdev-clean` and commit.')
         & say(not broken, f'A stored output is an error: {", ".join(broken)}.')
         & say(not noisy, f'A stored output is a progress bar: {", ".join(noisy)}. Turn it off in a hidden cell, and run the page again.')
+        & say(not odd, f'Quarto cannot read the options of {", ".join(odd)}: quote texts that hold a colon.')
         & say(not idle, f'`expect_fail` checks nothing without `with`: {", ".join(idle)}.'))
 
 def links():
