@@ -24,8 +24,8 @@ def make_env():
         sys.exit('Python cannot make an environment with pip here. On Debian and Ubuntu: apt install python3-venv')
 
 def main():
-    if sys.version_info < (3, 11):
-        sys.exit(f'Python 3.11 or later is needed, this is {platform.python_version()}: make PYTHON=/path/to/python3.11')
+    if sys.version_info < (3, 11, 4): # tarfile's filters
+        sys.exit(f'Python 3.11.4 or later is needed, this is {platform.python_version()}: make PYTHON=/path/to/python3.11')
     extra = sys.argv[1] if len(sys.argv) > 1 else ''
     extras = 'dev,notebook' if extra == 'all' else extra
     make_env()
