@@ -220,7 +220,8 @@ def wait():
     with tempfile.TemporaryDirectory(dir='.'): print('there', flush=True); time.sleep(60)
 sys.exit(main(['wait']))'''
     (tmp_path/'wait.py').write_text(code)
-    process = subprocess.Popen([sys.executable, 'wait.py'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen([sys.executable, 'wait.py'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a shell's background jobs ignore it
     assert process.stdout.readline() == 'there\n'
     process.send_signal(number)
     assert process.communicate(timeout=30)[1] == 't2i: interrupted\n' and process.returncode == 130 and len([*tmp_path.iterdir()]) == 1
