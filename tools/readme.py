@@ -5,6 +5,7 @@ from execnb.shell import CaptureShell
 from fastcore.nbio import nb2str, read_nb
 from nbconvert import MarkdownExporter
 from nbdev.clean import clean_nb
+from nbdev.config import get_config
 import nbformat
 
 root = Path(__file__).resolve().parents[1]
@@ -44,7 +45,17 @@ def markdown(page, source):
     note = f'<!-- Made by `make readme` from nbs/{source}: edit that. -->\n\n'
     return note + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
+def colab_badge(cfg):
+    "The badge of the first page, once the repository has an address"
+    path, mark = root/'nbs'/'first_model.ipynb', '<!-- colab -->'
+    page = path.read_text(encoding='utf-8')
+    if not cfg.git_url or mark not in page: return
+    link = f'https://colab.research.google.com/github/{cfg.user}/{cfg.repo}/blob/{cfg.branch}/nbs/first_model.ipynb'
+    badge = f'[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})'
+    path.write_text(page.replace(mark, badge), encoding='utf-8', newline='\n')
+
 def main():
+    if '--check' not in sys.argv: colab_badge(get_config(root))
     stale = []
     for target, source in pages.items():
         path = root/'nbs'/source
