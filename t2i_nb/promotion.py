@@ -31,6 +31,7 @@ torch, boto3 = lazy('torch'), lazy('boto3')
 # %% ../nbs/08d_promotion.ipynb #5ce73492
 EVAL_METRICS = dict(adherence=1, kid=-1, loss=-1) # which way is better
 
+# %% ../nbs/08d_promotion.ipynb #47c0770b
 @dataclass
 class PairedEval:
     metric:str               # one of `EVAL_METRICS`
@@ -130,11 +131,13 @@ class Verdict:
     mean:float       # of the candidate's scores
     champion:float   # mean of the champion's scores
 
+# %% ../nbs/08d_promotion.ipynb #c5affd78
 def _mean_error(values):
     "A mean, and its standard error"
     v = torch.tensor(values, dtype=torch.float64)
     return v.mean().item(), (v.std()/len(v)**.5).item()
 
+# %% ../nbs/08d_promotion.ipynb #32b9104b
 def paired_test(ours:list, theirs:list, sign:int=1)->Verdict: # scores, one an image; -1 where less is better
     "Compare a candidate with the champion, on the same images"
     if len(ours) != len(theirs):
@@ -186,6 +189,7 @@ def champion(self:Registry): # mlflow ModelVersion, or None
         if e.error_code in ('RESOURCE_DOES_NOT_EXIST', 'INVALID_PARAMETER_VALUE'): return None
         raise
 
+# %% ../nbs/08d_promotion.ipynb #bd53008b
 @patch
 def find(self:Registry, digest:str): # mlflow ModelVersion, or None
     "The version with this digest"
@@ -204,6 +208,7 @@ def _upload(self:Registry, model):
         if (model.folder/name).is_file(): self.client.log_artifact(run.info.run_id, str(model.folder/name), 'model')
     return run
 
+# %% ../nbs/08d_promotion.ipynb #be5635b8
 @patch
 def register(self:Registry, model:Candidate): # mlflow ModelVersion
     "Upload a model and give it a version, unless it has one"
@@ -230,6 +235,7 @@ def fetch_version(self:Registry, version, folder:Path)->Candidate: # mlflow Mode
     raise InputError(f"the files of {model.name} of {self.name} in the registry are not those that were registered; "
                      "nothing was changed: restore them, or give the alias champion to another version")
 
+# %% ../nbs/08d_promotion.ipynb #67f13938
 def _artifacts(registry, folder, **what):
     from mlflow.artifacts import download_artifacts
     return download_artifacts(dst_path=str(folder), tracking_uri=registry.uri, **what)
@@ -276,6 +282,7 @@ def _best_run(client, experiment): # MlflowClient, name
     if not whole: raise InputError(f"no finished run of '{experiment}' has a pipeline; t2i track sends that of a run")
     return min(whole, key=least_loss)
 
+# %% ../nbs/08d_promotion.ipynb #1f8f6e7f
 def _fetch_run(registry, experiment, folder):
     "Bring the best run of an experiment here, as a `Candidate`"
     folder.mkdir(parents=True)
@@ -296,10 +303,12 @@ class Promotion:
     reason:str   # a sentence
     digest:str   # of the candidate
 
+# %% ../nbs/08d_promotion.ipynb #44313951
 def _promotion(registry, version, now, decision, reason, new):
     return Promotion(registry.name, str(version.version), str(now.version) if now else '', decision == 'champion', new,
                      reason, version.tags['t2i.digest'])
 
+# %% ../nbs/08d_promotion.ipynb #52218820
 def model_name(cfg:RunConfig)->str:
     "One registered model for each source of images, e.g. t2i-toy_flowers"
     return 't2i-' + (re.sub(r'[^\w.-]+', '-', Path(cfg.data.source).stem).strip('-') or 'model')
